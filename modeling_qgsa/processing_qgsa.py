@@ -1,0 +1,143 @@
+"""Processor of QGSA-SmolVLM: that of Idefics3, with the question marked and the selection drawn."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from transformers import Idefics3Processor
+from transformers.image_utils import load_image
+
+from .selection_qgsa import QGSASelection, find_question, read_layout
+
+
+MIN_SIDE = 4  # px; a smaller image holds nothing to look at
+MAX_ASPECT = 200  # the short side of a longer image is resized to nothing
+KEPT, ENCODED, GRID = (255, 140, 0), (40, 120, 255), (255, 255, 255)
+
+
+class QGSAProcessor(Idefics3Processor):
+    """Prepares prompts and images as [`Idefics3Processor`] does, and adds `question_mask`.
+
+    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens of the last turn of the user: what the
+    selector reads.
+
+    Raises ValueError for an image with a side below 4 px or sides further apart than 1 : 200, and for an image whose
+    question has no word.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        images, text = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        for sample in images or []:
+            for image in sample:
+                check_image(image)
+        return images, text
+
+    def __call__(self, images=None, text=None, **kwargs):
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if images is None or text is None:
+            return inputs
+        masks = [
+            self.mask_question(torch.as_tensor(ids), torch.as_tensor(mask))
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
+        ]
+        tensors = torch.is_tensor(inputs["input_ids"])
+        inputs["question_mask"] = torch.stack(masks) if tensors else [mask.tolist() for mask in masks]
+        return inputs
+
+    def mask_question(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
+        """1 on the tokens of the question, 0 elsewhere; all `(L,)`. Raises ValueError for an image without a question."""
+        layout = read_layout(
+            input_ids[None], self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids
+        )
+        readable = (layout.tile_of_position < 0) & attention_mask[None].bool()
+        end_of_utterance = self.tokenizer.convert_tokens_to_ids(self.end_of_utterance_token)
+        mask = find_question(input_ids[None], readable, end_of_utterance)[0]
+        words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip().removeprefix("User:")
+        if len(layout.grids) and not words.strip():
+            raise ValueError(
+                f"text asks nothing: 0 words beside {len(layout.grids)} images, and it is the question that selects"
+            )
+        return mask.long()
+
+    def draw_selection(self, image, selection: QGSASelection, index: int = 0) -> Image.Image:
+        """Draw what was kept for this question over the image: kept regions in colour, the rest grey, tile grid on top.
+
+        A region is outlined in orange where its tokens of a high-resolution tile were kept. What was kept of the
+        global view covers the whole image coarsely; it keeps its colour without an outline.
+
+        Args:
+            image: what the processor was given (PIL image, path, URL or array).
+            selection: what `model.select` returned.
+            index: number of the image in the batch, in prompt order.
+
+        Returns an RGB image of the same size. Raises ValueError where `index` is beyond the selection's images.
+        """
+        if not 0 <= index < len(selection.grids):
+            raise ValueError(f"index is {index}: the selection holds {len(selection.grids)} images")
+        image = load_image(image) if isinstance(image, str) else image
+        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        image = image.convert("RGB")
+        tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
+        colour = np.asarray(image)
+        grey = np.asarray(image.convert("L").convert("RGB")) // 2 + 96
+        kept = scale_to(tiles | glance, image.size)
+        drawn = Image.fromarray(np.where(kept[..., None], colour, grey).astype(np.uint8))
+        draw = ImageDraw.Draw(drawn)
+        draw_cells(draw, np.ones_like(encoded), image.size, GRID, 1)
+        draw_cells(draw, encoded, image.size, ENCODED, 2)
+        draw_cells(draw, tiles, image.size, KEPT, 1)
+        return drawn
+
+
+def check_image(image):
+    """Raise ValueError, naming both sides, for an image that is too small or too long to be cut into tiles."""
+    if isinstance(image, Image.Image):
+        width, height = image.size
+    else:
+        shape = np.shape(image)
+        height, width = shape[-2:] if shape[0] in (1, 3) and len(shape) == 3 else shape[:2]
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"image of {width} x {height} px: each side has to be at least {MIN_SIDE} px, and the longer at most "
+            f"{MAX_ASPECT} times the shorter"
+        )
+
+
+def kept_maps(selection: QGSASelection, index: int, tokens_per_tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What was kept of one image, as maps over it.
+
+    Returns `(tiles, glance, encoded)`, bool: high-resolution tokens kept, `(rows * side, columns * side)`; the kept
+    tokens of the global view on the same cells; and the tiles encoded, `(rows, columns)`. A single tile is its own
+    global view.
+    """
+    side = round(tokens_per_tile**0.5)
+    sample = int(selection.image_sample[index])
+    first_image = int((selection.image_sample[:index] == sample).sum())
+    of_sample = selection.grids[selection.image_sample == sample].prod(1) + 1
+    start = int(of_sample[:first_image].sum())
+    rows, columns = selection.grids[index].tolist()
+    count = rows * columns
+
+    kept = selection.kept_tokens[sample].view(-1, side, side)[start : start + count + 1].cpu().numpy()
+    encoded = selection.kept_tiles[sample, start : start + count].cpu().numpy().reshape(rows, columns)
+    if count == 0:
+        return np.zeros_like(kept[0]), kept[0], encoded
+    tiles = kept[:-1].reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    return tiles, scale_to(kept[-1], (columns * side, rows * side)), encoded
+
+
+def scale_to(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale a bool map to `size` (width, height) by its nearest cells."""
+    return np.asarray(Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
+
+
+def draw_cells(draw: ImageDraw.ImageDraw, cells: np.ndarray, size: tuple[int, int], colour, width: int):
+    """Outline the cells that are True of a map that covers an image of `size` (width, height)."""
+    rows, columns = cells.shape
+    for row, column in np.argwhere(cells):
+        x, y = size[0] * column // columns, size[1] * row // rows
+        draw.rectangle((x, y, size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1), outline=colour, width=width)
+
+
+__all__ = ["QGSAProcessor"]

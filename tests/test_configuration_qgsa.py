@@ -1,0 +1,123 @@
+import json
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+import modeling_qgsa
+from modeling_qgsa import QGSAConfig, configuration_qgsa, processing_qgsa
+from modeling_qgsa import modeling_qgsa as modeling
+from modeling_qgsa.modeling_qgsa import Budget
+
+
+@pytest.fixture
+def config(model):
+    return QGSAConfig.from_dict(model.config.to_dict())
+
+
+def test_auto_map_names_classes_that_exist(config):
+    files = {
+        "configuration_qgsa": configuration_qgsa,
+        "modeling_qgsa": modeling,
+        "processing_qgsa": processing_qgsa,
+    }
+    assert set(config.auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForVision2Seq",
+        "AutoModelForMultimodalLM",
+        "AutoProcessor",
+    }
+    for reference in config.auto_map.values():
+        file, name = reference.split(".")
+        assert hasattr(files[file], name)
+
+
+def test_vision2seq_is_the_class_of_this_transformers():
+    old = transformers.__version__.startswith("4.")
+    name = "AutoModelForVision2Seq" if old else "AutoModelForImageTextToText"
+    assert modeling_qgsa.AutoModelForVision2Seq is getattr(transformers, name)
+
+
+def test_round_trip_keeps_every_field(tmp_path, model):
+    fields = {"selection": "after_encoder", "min_tiles": 1, "max_tiles": 7, "gumbel_temperature": 0.5}
+    config = QGSAConfig.from_dict(model.config.to_dict() | fields)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "qgsa_smolvlm"
+    assert saved["auto_map"] == configuration_qgsa.AUTO_MAP
+    loaded = QGSAConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert {name: getattr(loaded, name) for name in fields} == fields
+
+
+def test_tokens_per_tile_follows_the_vision_config(config):
+    assert config.tokens_per_tile == 16
+    config.scale_factor = 4
+    assert config.tokens_per_tile == 4
+
+
+def test_default_markers_are_those_of_the_published_tokenizer():
+    config = QGSAConfig(text_config={"model_type": "llama"}, vision_config={})
+    assert (config.global_image_token_id, config.image_token_id, config.end_of_utterance_token_id) == (
+        49152,
+        49190,
+        49279,
+    )
+    assert config.tile_token_ids == list(range(49153, 49189))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"selection": "everything"}, "selection is 'everything': choose from before_encoder, after_encoder, dense"),
+        ({"min_visual_tokens": 65, "max_visual_tokens": 64}, "min_visual_tokens 65 is above max_visual_tokens 64"),
+        ({"min_tiles": 5, "max_tiles": 4}, "min_tiles 5 is above max_tiles 4"),
+        ({"min_visual_tokens": 0}, "min_visual_tokens is 0: it has to be at least 1"),
+        ({"min_tiles": -1}, "min_tiles is -1: it has to be at least 0"),
+        ({"max_tiles": -1}, "min_tiles 0 is above max_tiles -1"),
+        ({"max_tiles": "4"}, "max_tiles"),
+        ({"selector_hidden_size": 30, "selector_heads": 4}, "30 is no multiple of selector_heads 4"),
+        ({"selector_layers": 0}, "selector_layers is 0"),
+        ({"max_question_tokens": 0}, "max_question_tokens is 0"),
+        ({"gumbel_temperature": 0.0}, "gumbel_temperature is 0.0"),
+        ({"tile_token_ids": [1, 2, 3]}, "tile_token_ids holds 3 ids: 6 rows of 6 columns make 36"),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(model, fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        QGSAConfig.from_dict(model.config.to_dict() | fields)
+
+
+def test_overrides_replace_what_is_configured_and_none_does_not(config):
+    budget = Budget.of(config, selection="after_encoder", max_tiles=None, max_visual_tokens=20)
+    assert budget == Budget("after_encoder", config.min_visual_tokens, 20, config.min_tiles, config.max_tiles)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"selection": "all"}, "selection is 'all'"),
+        ({"min_tiles": 9}, "min_tiles 9 is above max_tiles 4"),
+        ({"max_visual_tokens": 7}, "min_visual_tokens 8 is above max_visual_tokens 7"),
+        ({"min_visual_tokens": -3}, "min_visual_tokens is -3"),
+    ],
+)
+def test_an_override_out_of_range_is_named(config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        Budget.of(config, **overrides)
+
+
+def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):
+    config.max_tiles = -2
+    with pytest.raises(ValueError, match="min_tiles 0 is above max_tiles -2"):
+        Budget.of(config)
+
+
+def test_complexity_moves_the_budget_from_the_minimum_to_the_maximum():
+    budget = Budget("before_encoder", min_visual_tokens=8, max_visual_tokens=40, min_tiles=1, max_tiles=5)
+    m, k = budget.resolve(torch.tensor([0.0, 0.25, 1.0]))
+    assert m.tolist() == [1, 2, 5] and k.tolist() == [8, 16, 40]
+    assert m.dtype == k.dtype == torch.int64

@@ -1,0 +1,1 @@
+"""Training, evaluation and measurement of question-guided selection for SmolVLM."""

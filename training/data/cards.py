@@ -1,0 +1,309 @@
+"""Cards: a generated visual question answering benchmark whose answers lie in the high-resolution tiles.
+
+Coloured cards lie on a cluttered canvas, at most one to a tile. The colour of a card can be told from the thumbnail,
+the figure on it cannot. The question families follow three real data sets, and differ in how many tiles they need:
+
+=========  =========================================  ==================  ======  =======================
+family     question                                   answer              tiles   modelled on
+=========  =========================================  ==================  ======  =======================
+count      how many cards are there?                  4                   none    VQA-RAD, open
+presence   is there a red card?                       yes / no            none    VQA-RAD, closed
+refer      where is the red card?                     row 2 column 3      none    RefCOCO
+open       what shape is on the red card?             star                one     VQA-RAD, open
+verify     is there a star on the red card?           yes / no            one     VQA-RAD, closed
+choice     ... choose from star, moon, ...            star                one     A-OKVQA, multiple choice
+find       which colour is the card with the star?    red                 many    VQA-RAD, open
+locate     where is the card with the star?           row 2 column 3      many    RefCOCO
+=========  =========================================  ==================  ======  =======================
+
+Everything is a pure function of (seed, split, index). The splits differ in their random stream and in their layouts:
+every set of occupied tiles belongs to exactly one split. The boxes are there for scoring, never for training.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+
+COLOURS = {
+    "red": (214, 48, 44),
+    "orange": (240, 138, 36),
+    "yellow": (236, 220, 70),
+    "green": (58, 158, 70),
+    "cyan": (80, 206, 214),
+    "blue": (56, 84, 206),
+    "purple": (138, 66, 178),
+    "pink": (244, 150, 196),
+}
+FIGURES = ("circle", "square", "triangle", "diamond", "cross", "star", "heart", "moon")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
+
+FAMILIES = {  # family -> (how many high-resolution tiles it needs, share of the questions)
+    "count": ("none", 0.10),
+    "presence": ("none", 0.10),
+    "refer": ("none", 0.10),
+    "open": ("one", 0.25),
+    "verify": ("one", 0.125),
+    "choice": ("one", 0.125),
+    "find": ("many", 0.10),
+    "locate": ("many", 0.10),
+}
+SPLITS = ("train", "validation", "test")
+LAYOUT_SHARES = {"validation": range(0, 10), "test": range(10, 30), "train": range(30, 100)}  # per cent of the layouts
+
+TILE = 64
+FIGURE_AREA = 150.0  # px of ink, equal for all figures, so that a thumbnail cannot tell them by their darkness
+FIGURE_SIZE = 24
+MAX_CARDS = 7
+
+FEATURES = datasets.Features(
+    {
+        "question_id": datasets.Value("int64"),
+        "image": datasets.Image(),
+        "question": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+        "family": datasets.Value("string"),
+        "tiles_needed": datasets.Value("string"),
+        "boxes": datasets.List(datasets.List(datasets.Value("float32"))),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card: its tile (row, column, from 0), its box in px of the canvas, its colour and its figure."""
+
+    row: int
+    column: int
+    box: tuple[int, int, int, int]
+    colour: str
+    figure: str
+
+
+@lru_cache
+def figure_mask(figure: str) -> np.ndarray:
+    """The ink of a figure, `(24, 24)` float32 in 0..1, drawn at 8 times the size and scaled to `FIGURE_AREA`."""
+    unit = _draw_figure(figure, 512, 160.0)
+    scale = np.sqrt(FIGURE_AREA / (np.asarray(unit, np.float32).mean() / 255 * 64**2))
+    drawn = _draw_figure(figure, FIGURE_SIZE * 8, 160.0 * scale)
+    return np.asarray(drawn.resize((FIGURE_SIZE, FIGURE_SIZE), Image.Resampling.BOX), np.float32) / 255
+
+
+def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
+    """Draw one figure around the centre of a `size` px canvas, at 8 px for each px of the card."""
+    image, centre = Image.new("L", (size, size), 0), size / 2
+    draw = ImageDraw.Draw(image)
+    radius = radius / 2
+
+    def polygon(angles, radii):
+        draw.polygon([(centre + r * radius * np.sin(a), centre - r * radius * np.cos(a)) for a, r in zip(angles, radii)], fill=255)
+
+    def disc(x, y, r, fill=255):
+        x, y, r = centre + x * radius, centre + y * radius, r * radius
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+
+    turn = 2 * np.pi
+    if figure == "circle":
+        disc(0, 0, 0.8)
+    elif figure == "square":
+        polygon([turn * (i + 0.5) / 4 for i in range(4)], [1] * 4)
+    elif figure == "triangle":
+        polygon([turn * i / 3 for i in range(3)], [1.1] * 3)
+    elif figure == "diamond":
+        polygon([turn * i / 4 for i in range(4)], [1.1, 0.75] * 2)
+    elif figure == "cross":
+        for x, y in ((1.0, 0.32), (0.32, 1.0)):
+            draw.rectangle((centre - x * radius, centre - y * radius, centre + x * radius, centre + y * radius), fill=255)
+    elif figure == "star":
+        polygon([turn * i / 10 for i in range(10)], [1.2, 0.48] * 5)
+    elif figure == "heart":
+        disc(-0.42, -0.3, 0.5)
+        disc(0.42, -0.3, 0.5)
+        polygon([turn * 0.5, turn * 0.81, 0, turn * 0.19], [1.05, 0.93, 0.1, 0.93])
+    else:
+        disc(0.1, 0, 0.9)
+        disc(0.7, 0, 0.7, fill=0)
+    return image
+
+
+def layout_split(tiles: frozenset[int], rows: int, columns: int) -> str:
+    """The split that owns a layout: a set of occupied tiles on a canvas of `rows` x `columns`."""
+    bucket = zlib.crc32(repr((rows, columns, sorted(tiles))).encode()) % 100
+    return next(split for split, share in LAYOUT_SHARES.items() if bucket in share)
+
+
+def make_scene(rng: np.random.Generator, split: str, rows: int = 4, columns: int = 4) -> tuple[Card, ...]:
+    """Two to seven cards (one or two on a canvas too small for more) of different colours, in a layout of `split`.
+
+    A canvas of fewer than eight tiles, which only the training curriculum uses, has too few layouts to share out.
+    """
+    highest = min(MAX_CARDS, rows * columns)
+    while True:
+        count = int(rng.integers(min(2, highest), highest + 1))
+        tiles = rng.choice(rows * columns, count, replace=False)
+        if rows * columns < 8 or layout_split(frozenset(tiles.tolist()), rows, columns) == split:
+            break
+    colours = rng.permutation(len(COLOURS))[:count]
+    figures = rng.integers(len(FIGURES), size=count)
+    names = tuple(COLOURS)
+    cards = []
+    for tile, colour, figure in zip(tiles, colours, figures):
+        row, column = divmod(int(tile), columns)
+        width, height = (int(side) for side in rng.integers(36, 49, size=2))
+        x = column * TILE + int(rng.integers(3, TILE - width - 2))
+        y = row * TILE + int(rng.integers(3, TILE - height - 2))
+        cards.append(Card(row, column, (x, y, x + width, y + height), names[colour], FIGURES[figure]))
+    return tuple(cards)
+
+
+def render(rng: np.random.Generator, cards: tuple[Card, ...], rows: int = 4, columns: int = 4) -> np.ndarray:
+    """Draw the scene on grey clutter: `(rows * 64, columns * 64, 3)` uint8."""
+    height, width = rows * TILE, columns * TILE
+    canvas = np.empty((height, width, 3), np.float32)
+    canvas[:] = rng.uniform(90, 190)
+    for _ in range(3 * rows * columns):
+        h, w = rng.integers(4, 40, size=2)
+        y, x = rng.integers(0, height - 4), rng.integers(0, width - 4)
+        canvas[y : y + h, x : x + w] = rng.uniform(70, 210) + rng.uniform(-12, 12, size=3)
+    for card in cards:
+        x0, y0, x1, y1 = card.box
+        canvas[y0:y1, x0:x1] = np.array(COLOURS[card.colour]) + rng.uniform(-14, 14, size=3)
+        fx = int(rng.integers(x0 + 3, x1 - FIGURE_SIZE - 2))
+        fy = int(rng.integers(y0 + 3, y1 - FIGURE_SIZE - 2))
+        ink = figure_mask(card.figure)[..., None]
+        patch = canvas[fy : fy + FIGURE_SIZE, fx : fx + FIGURE_SIZE]
+        patch += ink * (rng.uniform(5, 45) - patch)
+    noise = rng.integers(-10, 11, size=(height, width, 1), dtype=np.int8)
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+
+
+def place(card: Card) -> str:
+    """The tile of a card in words, counted from 1."""
+    return f"row {card.row + 1} column {card.column + 1}"
+
+
+def _unique_figures(cards):
+    figures = [card.figure for card in cards]
+    return [card for card in cards if figures.count(card.figure) == 1]
+
+
+def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> dict | None:
+    """Ask one question of `family` about `card`, or None where the scene does not allow it.
+
+    Returns a dict with `question`, `answer`, `choices` (empty but for multiple choice) and `boxes` (float px).
+    """
+    boxes, choices = [list(map(float, card.box))], []
+    if family == "count":
+        question, answer = "how many cards are there?", NUMBERS[len(cards)]
+        boxes = [list(map(float, each.box)) for each in cards]
+    elif family == "presence":
+        question, answer = f"is there a {card.colour} card?", "yes"
+        if rng.random() < 0.5:
+            absent = sorted(set(COLOURS) - {each.colour for each in cards})
+            question, answer, boxes = f"is there a {absent[rng.integers(len(absent))]} card?", "no", []
+    elif family == "refer":
+        question, answer = f"where is the {card.colour} card?", place(card)
+    elif family == "open":
+        question, answer = f"what shape is on the {card.colour} card?", card.figure
+    elif family == "verify":
+        figure, answer = card.figure, "yes"
+        if rng.random() < 0.5:
+            others = sorted({each.figure for each in cards} - {figure})
+            if not others or rng.random() < 0.5:
+                others = sorted(set(FIGURES) - {figure})
+            figure, answer = others[rng.integers(len(others))], "no"
+        question = f"is there a {figure} on the {card.colour} card?"
+    elif family == "choice":
+        others = rng.permutation(sorted(set(FIGURES) - {card.figure}))[:3].tolist()
+        choices = rng.permutation([card.figure, *others]).tolist()
+        question, answer = f"what shape is on the {card.colour} card? choose from {', '.join(choices)}", card.figure
+    elif card not in _unique_figures(cards):
+        return None
+    elif family == "find":
+        question, answer = f"which colour is the card with the {card.figure}?", card.colour
+    elif family == "locate":
+        question, answer = f"where is the card with the {card.figure}?", place(card)
+    else:
+        raise ValueError(f"unknown family {family!r}: choose from {', '.join(FAMILIES)}")
+    return {"question": question, "answer": answer, "choices": choices, "boxes": boxes}
+
+
+class Cards(torch.utils.data.Dataset):
+    """The cards benchmark as a map-style data set; every sample is made anew from its index.
+
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        size: number of samples.
+        seed: of the whole benchmark; the default is the published one.
+        rows, columns: the canvas in tiles. Anything but 4 x 4 is for the training curriculum.
+        questions: questions to a sample. 1 for the benchmark; more make a conversation in which no question answers
+            another (each is about a card of its own), for training the dense model.
+        families: the families asked, in their shares; all of them by default.
+
+    Each item is a dict with `question_id`, `image` (PIL, RGB), and `question`, `answer`, `choices`, `family`,
+    `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only); with `questions > 1` the item holds `turns`,
+    a list of such dicts, instead.
+
+    Raises ValueError for an unknown split or family, or a canvas outside 1..4 tiles.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        rows: int = 4,
+        columns: int = 4,
+        questions: int = 1,
+        families: tuple[str, ...] = tuple(FAMILIES),
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
+        if not (1 <= rows <= 4 and 1 <= columns <= 4):
+            raise ValueError(f"the canvas is {rows} x {columns} tiles: each side has to be within 1 and 4")
+        self.split, self.size, self.seed = split, size, seed
+        unknown = set(families) - set(FAMILIES)
+        if unknown or not families:
+            raise ValueError(f"families {sorted(unknown) or '()'}: choose from {', '.join(FAMILIES)}")
+        self.rows, self.columns, self.questions, self.families = rows, columns, questions, tuple(families)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside of the {self.size} samples")
+        key = (self.seed, SPLITS.index(self.split), self.rows, self.columns, index)
+        rng = np.random.default_rng(key)
+        turns = []
+        while len(turns) == 0:
+            cards = make_scene(rng, self.split, self.rows, self.columns)
+            turns = list(self._turns(rng, cards))
+        image = Image.fromarray(render(rng, cards, self.rows, self.columns))
+        sample = {"question_id": index, "image": image}
+        return sample | ({"turns": turns} if self.questions > 1 else turns[0])
+
+    def _turns(self, rng, cards):
+        shares = np.array([FAMILIES[family][1] for family in self.families])
+        for number in rng.permutation(len(cards))[: self.questions]:
+            family = self.families[rng.choice(len(shares), p=shares / shares.sum())]
+            turn = make_question(rng, family, cards, cards[number])
+            if turn is not None:
+                yield {**turn, "family": family, "tiles_needed": FAMILIES[family][0]}
+
+
+def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets.Dataset:
+    """The benchmark as a `datasets.Dataset` with `FEATURES`, written to the `datasets` cache once."""
+
+    def generate(split, size, seed):
+        yield from (dict(sample) for sample in Cards(split, size, seed))
+
+    return datasets.Dataset.from_generator(
+        generate, features=FEATURES, gen_kwargs={"split": split, "size": size, "seed": seed}
+    )

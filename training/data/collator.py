@@ -1,0 +1,80 @@
+"""From question samples to model inputs, through the processor that users call."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def conversation(sample: dict, with_answer: bool) -> list[dict]:
+    """Chat messages of a sample: image and question, and the answers where they are to be learnt.
+
+    A sample holds one turn (`question`, `answer`) or several under `turns`; the last answer is kept for the caller to
+    ask for when `with_answer` is False.
+    """
+    turns = sample.get("turns", [sample])
+    messages = []
+    for number, turn in enumerate(turns):
+        content = [{"type": "text", "text": turn["question"]}]
+        messages.append({"role": "user", "content": [{"type": "image"}, *content] if number == 0 else content})
+        if with_answer or number < len(turns) - 1:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["answer"]}]})
+    return messages
+
+
+def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> torch.Tensor:
+    """Labels of the assistant's turns: their tokens and the closing `end_id`; -100 everywhere else.
+
+    Args:
+        input_ids: `(batch, length)` int64.
+        header: token ids that open an assistant's turn, such as those of `"\\nAssistant:"`.
+        end_id: id of `<end_of_utterance>`.
+
+    Returns labels, `(batch, length)` int64.
+    """
+    labels = torch.full_like(input_ids, -100)
+    for row, ids in enumerate(input_ids.tolist()):
+        start = 0
+        for position, token in enumerate(ids):
+            if token == end_id:
+                if ids[start : start + len(header)] == header:
+                    span = slice(start + len(header), position + 1)
+                    labels[row, span] = input_ids[row, span]
+                start = position + 1
+    return labels
+
+
+@dataclass
+class QuestionCollator:
+    """Collates samples with `image`, `question` and `answer` (or `turns`) into processed tensors with `labels`.
+
+    Args:
+        processor: an Idefics3, SmolVLM or QGSA processor.
+        with_answer: False leaves the answer out and ends in the generation prompt (no `labels` then), for `generate`.
+        image_kwargs: passed to the image processor with every call.
+    """
+
+    processor: object
+    with_answer: bool = True
+    image_kwargs: dict | None = None
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        texts = [
+            self.processor.apply_chat_template(
+                conversation(sample, self.with_answer), add_generation_prompt=not self.with_answer
+            )
+            for sample in samples
+        ]
+        inputs = self.processor(
+            text=texts,
+            images=[[sample["image"]] for sample in samples],
+            padding=True,
+            padding_side="right" if self.with_answer else "left",
+            return_tensors="pt",
+            **(self.image_kwargs or {}),
+        )
+        if self.with_answer:
+            header = tokenizer("\nAssistant:", add_special_tokens=False)["input_ids"]
+            end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+            inputs["labels"] = answer_labels(inputs["input_ids"], header, end_id)
+        return dict(inputs)

@@ -1,0 +1,1 @@
+"""The VQA-RAD scores."""

@@ -1,0 +1,100 @@
+"""Train and evaluate question-guided selection for SmolVLM.
+
+The demo, offline, within 8 minutes on two cores (table, pictures and checkpoint in outputs/demo):
+
+    python training/run_qgsa.py
+
+The tiny dense model that the demo starts from (resumes where it stopped):
+
+    python training/run_qgsa.py --preset tiny_dense
+
+SmolVLM-256M on VQA-RAD, with the published weights and data:
+
+    python training/run_qgsa.py --preset vqa_rad_256m
+
+Any field of the arguments below can be given in a preset (training/presets/*.yaml) or on the command line, where it
+wins. `--max_steps 2` tries a preset out; a run that was stopped goes on from its last checkpoint.
+"""
+
+import sys
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, not this folder, whose names would shadow others
+
+from training.tasks import run_dense, run_qgsa  # noqa: E402
+from training.trainer import QGSATrainingArguments  # noqa: E402
+
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class RunArguments:
+    """What to train, on what, and what to measure."""
+
+    preset: str = field(default="demo", metadata={"help": "Fields to start from: a file of training/presets."})
+    task: str = field(default="qgsa", metadata={"help": "qgsa, or dense for the tiny stand-in itself."})
+    base_model: str = field(
+        default="hub_cards/tiny-dense", metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` for a fresh one."}
+    )
+    random_weights: bool = field(default=False, metadata={"help": "Build base_model from its config, untrained."})
+    dataset: str = field(default="cards", metadata={"help": "cards or vqa_rad."})
+    data_dir: str | None = field(default=None, metadata={"help": "Local folder of vqa_rad; the Hub without it."})
+    split_by: str = field(default="published", metadata={"help": "vqa_rad: published, or by image (no image in both)."})
+    train_size: int = field(default=100_000, metadata={"help": "Samples of cards to draw the training from."})
+    test_size: int = field(default=2000, metadata={"help": "Test questions to evaluate; all there are, if fewer."})
+    test_batch_size: int = field(default=50, metadata={"help": "Batch size of the evaluation."})
+    max_new_tokens: int = field(default=8, metadata={"help": "Longest answer, in tokens."})
+    systems: str = field(
+        default="dense dense-tuned dense-global-only blank-image random centre qgsa qgsa-after-encoder",
+        metadata={"help": "Systems to evaluate, in the order of the table; dense comes first."},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapters on the text model; 0 for none."})
+    min_visual_tokens: int = field(default=16, metadata={"help": "Fewest visual tokens kept an image."})
+    max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens kept an image."})
+    min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})
+    max_tiles: int = field(default=4, metadata={"help": "Most high-resolution tiles encoded an image."})
+    curriculum: str = field(default="4x4:48000", metadata={"help": "Task dense: canvases, see training/dense.py."})
+    tower_samples: int = field(default=96_000, metadata={"help": "Task dense: single tiles for the vision tower."})
+    validation_size: int = field(default=400, metadata={"help": "Task dense: validation questions."})
+
+
+def read_preset(arguments: list[str]) -> tuple[str, list[str]]:
+    """Put the fields of `--preset NAME` in front of the command line's; returns the name and all arguments.
+
+    Raises SystemExit, naming the presets there are, for an unknown one.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=RunArguments.preset)
+    parsed, arguments = parser.parse_known_args(arguments)
+    name = parsed.preset
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise SystemExit(f"unknown preset {name!r}: choose from {', '.join(known)}")
+    fields = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    return name, [part for key, value in fields.items() for part in (f"--{key}", str(value))] + arguments
+
+
+def main():
+    preset, arguments = read_preset(sys.argv[1:])
+    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=__doc__)
+    run, args = parser.parse_args_into_dataclasses(arguments)
+    args.remove_unused_columns, args.report_to = False, []
+    if args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+    set_seed(args.seed)
+    if run.task not in ("qgsa", "dense"):
+        raise SystemExit(f"unknown task {run.task!r}: choose from qgsa, dense")
+    command = " ".join(["python training/run_qgsa.py", *sys.argv[1:]])
+    (run_dense if run.task == "dense" else run_qgsa)(preset, run, args, command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Teachers of where and how much to look: answers alone, no boxes.
+
+The utility of a tile is the log-likelihood of the answer given the glance and that one tile. With the features of all
+tiles at hand it costs one short pass of the text model a tile, and it is exact.
+"""
+
+import torch
+
+from modeling_qgsa.modeling_qgsa import Budget, Glance, Prompt
+from modeling_qgsa.selection_qgsa import VisualLayout, positions_to_keep, splice
+
+
+CHUNK = 64  # variants of a prompt scored at once
+
+
+def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, embeds: torch.Tensor, prompt: Prompt):
+    """Mean log-likelihood of the labelled tokens when only some positions are kept, `(n,)` float32.
+
+    Args:
+        model: a QGSA model with its language head.
+        rows: `(n,)` int64, the sample of each variant.
+        keep: `(n, L)` bool, the positions it keeps.
+        embeds: `(B, L, D)`, words and visual tokens of all samples.
+        prompt: their text side; its labels are scored.
+    """
+    scores = torch.zeros(len(rows), device=embeds.device)
+    for chunk in keep.sum(1).argsort().split(CHUNK):  # of like length, so that little is padding
+        some_rows, some_keep = rows[chunk], keep[chunk]
+        (hidden, mask, positions, labels), _ = splice(
+            some_keep,
+            (embeds[some_rows], 0.0),
+            (prompt.attention_mask[some_rows], 0),
+            (prompt.position_ids[some_rows], 0),
+            (prompt.labels[some_rows], -100),
+        )
+        hidden = model.model.text_model(
+            inputs_embeds=hidden, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        labelled = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[:, :-1][labelled]).float()
+        losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="none")
+        summed = losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
+        scores[chunk] = -summed / labelled.sum(1).clamp(min=1)
+    return scores
+
+
+@torch.no_grad()
+def tile_utility(model, layout: VisualLayout, features: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Log-likelihood of the answer given all glances of the sample and one tile: `(T,)`; -inf for global views.
+
+    Args:
+        features: `(T, P, D)`, every tile encoded.
+    """
+    every = torch.ones_like(layout.is_global)
+    embeds = model.model.embed(prompt.input_ids, layout, features, every)
+    glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
+    tiles = (~layout.is_global).nonzero()[:, 0]
+    rows = layout.tile_sample[tiles]
+    keep = glances[rows] | (layout.tile_of_position[rows] == tiles[:, None])
+    utility = features.new_full((len(layout.tile_sample),), float("-inf"), dtype=torch.float32)
+    return utility.index_put((tiles,), answer_log_likelihood(model, rows, keep, embeds, prompt))
+
+
+@torch.no_grad()
+def cheapest_sufficient(
+    model, glance: Glance, features: torch.Tensor, scores: torch.Tensor, prompt: Prompt, budget: Budget, tolerance: float
+) -> torch.Tensor:
+    """The lowest complexity at which the answer is as likely as with everything, `(I,)` in 0 .. 1 (VISOR's rule).
+
+    Every number of tiles between `budget.min_tiles` and `budget.max_tiles` is a rung, with the visual tokens that go
+    with it, chosen by the selector's own ranking: what counts is what this selector needs, not what an oracle would.
+
+    Args:
+        scores: `(T, P)`, the selector's scores of all visual tokens.
+        tolerance: how far the mean log-likelihood of the answer may lie below that of the dense model.
+
+    Returns 1 where no rung suffices.
+    """
+    layout = glance.layout
+    every = torch.ones_like(layout.is_global)
+    embeds = model.model.embed(prompt.input_ids, layout, features, every)
+    rungs = torch.linspace(0, 1, max(2, budget.max_tiles - budget.min_tiles + 1)).tolist()
+    keep = [prompt.attention_mask.bool()]
+    for rung in rungs:
+        m, k = budget.resolve(torch.full_like(glance.complexity, rung))
+        tiles = model.model.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
+        kept = model.model.keep(glance, scores[tiles], tiles, k)
+        keep.append(positions_to_keep(prompt.attention_mask, layout, kept))
+    samples = torch.arange(len(prompt.input_ids), device=features.device)
+    likelihood = answer_log_likelihood(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt)
+    dense, pruned = likelihood.view(len(keep), -1).split([1, len(rungs)])
+    enough = pruned >= dense - tolerance
+    first = torch.where(enough.any(0), enough.int().argmax(0), len(rungs) - 1)
+    return torch.tensor(rungs, device=features.device)[first][layout.image_sample]

@@ -1,0 +1,117 @@
+"""The tiny stand-in for SmolVLM: its architecture, its tokenizer and its processor, made from nothing.
+
+A tile is 64 px, a patch 8 px, a visual token 2x2 patches: 16 tokens a tile and 17 tiles, 272 visual tokens an image.
+"""
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
+
+from training.data.cards import FAMILIES, make_question, make_scene
+
+
+TILE_TOKENS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+SPECIAL_TOKENS = ["<global-img>", *TILE_TOKENS, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+VOCABULARY = 512
+
+# SmolVLM's conversation format: no blank after the role of a turn that begins with an image.
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def _corpus(questions: int = 4000):
+    """Questions and answers of the training split, without their pictures."""
+    rng = np.random.default_rng(0)
+    families = list(FAMILIES)
+    for number in range(questions):
+        cards = make_scene(rng, "train")
+        turn = make_question(rng, families[number % len(families)], cards, cards[0])
+        if turn is not None:
+            yield f"User: {turn['question']}\nAssistant: {turn['answer']}"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens over the words of cards, with SmolVLM's own special tokens at its end."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        padding_side="left",
+    )
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
+    return fast
+
+
+def build_processor() -> Idefics3Processor:
+    """The stock processor over tiles of 64 px: images are scaled to 256 px on the long side and split."""
+    image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 256}, max_image_size={"longest_edge": 64})
+    return Idefics3Processor(image_processor, build_tokenizer(), image_seq_len=16, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
+    """A fresh Idefics3 of 1.4 M parameters, seeded by torch's global generator.
+
+    The initialisation is 1 / sqrt(width): with the usual 0.02 a width of 128 does not learn to bind in reasonable time.
+    """
+    tokenizer = processor.tokenizer
+    end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    config = Idefics3Config(
+        image_token_id=processor.image_token_id,
+        scale_factor=2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        vision_config={
+            "hidden_size": 96,
+            "intermediate_size": 288,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            "initializer_range": 0.1,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.09,
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": end_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    model = Idefics3ForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model

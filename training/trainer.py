@@ -1,0 +1,91 @@
+"""HF Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers."""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from modeling_qgsa.modeling_qgsa import Budget, Prompt
+from modeling_qgsa.selection_qgsa import tile_relevance
+from training.losses import quantile_loss, utility_loss
+from training.teachers import cheapest_sufficient, tile_utility
+
+
+@dataclass
+class QGSATrainingArguments(TrainingArguments):
+    """Arguments of Trainer and of the losses of selection."""
+
+    start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
+    end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
+    answer_weight: float = field(default=1.0, metadata={"help": "Weight of the answer loss."})
+    utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
+    utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
+    complexity_weight: float = field(default=1.0, metadata={"help": "Weight of the budget; 0 leaves it out."})
+    complexity_quantile: float = field(
+        default=0.9, metadata={"help": "The budget is to suffice for this share of the questions."}
+    )
+    complexity_tolerance: float = field(
+        default=0.05, metadata={"help": "A budget suffices when log p of the answer is at most this far below dense."}
+    )
+
+
+class QGSATrainer(Trainer):
+    """Trainer whose loss is the answer's, the utility teacher's (where) and the cheapest sufficient budget's (how much).
+
+    The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
+    Raises ValueError for a model without a selection to train, and as soon as a loss is not finite.
+    """
+
+    def __init__(self, model, args: QGSATrainingArguments, **kwargs):
+        if model.config.selection == "dense":
+            raise ValueError('selection is "dense": the trainer has no selection to train')
+        super().__init__(model=model, args=args, **kwargs)
+
+    def temperature(self) -> float:
+        """Gumbel temperature of the current step."""
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        return self.args.start_temperature * (self.args.end_temperature / self.args.start_temperature) ** progress
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, gumbel_temperature=self.temperature())
+        losses = {"answer_loss": self.args.answer_weight * outputs.loss}
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        losses |= self.selection_losses(base, inputs, outputs)
+        loss = sum(losses.values())
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
+        if self.state.global_step % self.args.logging_steps == 0:
+            selection = outputs.selection
+            self.log(
+                {name: round(value.item(), 4) for name, value in losses.items()}
+                | {
+                    "visual_tokens": round(selection.visual_tokens.float().mean().item(), 2),
+                    "tiles": round(selection.tiles.float().mean().item(), 2),
+                }
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def selection_losses(self, model, inputs, outputs) -> dict[str, torch.Tensor]:
+        """The teachers' losses of a batch, by name; `outputs` are those of the relaxed forward."""
+        args, losses, glance = self.args, {}, outputs.glance
+        prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
+        features = outputs.image_hidden_states
+        if args.utility_weight:
+            utility = tile_utility(model, glance.layout, features, prompt)
+            mass = tile_relevance(glance.relevance.exp(), glance.layout)
+            losses["utility_loss"] = args.utility_weight * utility_loss(
+                mass, utility, glance.layout, args.utility_temperature
+            )
+        if args.complexity_weight:
+            budget = Budget.of(model.config)
+            with torch.no_grad():
+                scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+            target = cheapest_sufficient(model, glance, features, scores, prompt, budget, args.complexity_tolerance)
+            losses["complexity_loss"] = args.complexity_weight * quantile_loss(
+                glance.complexity, target, args.complexity_quantile
+            )
+        return losses
