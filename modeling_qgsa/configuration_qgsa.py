@@ -1,6 +1,6 @@
 """Configuration of QGSA-SmolVLM: a SmolVLM whose question selects what it looks at."""
 
-from dataclasses import field
+from dataclasses import dataclass, field, replace
 
 from huggingface_hub.dataclasses import strict
 from transformers import SmolVLMConfig
@@ -78,9 +78,7 @@ class QGSAConfig(SmolVLMConfig):
 
     def validate_budget(self):
         """The selection is known and its budgets are in order; run by `@strict` on construction."""
-        check_budget(
-            self.selection, self.min_visual_tokens, self.max_visual_tokens, self.min_tiles, self.max_tiles
-        )
+        check_budget(self.selection, self.min_visual_tokens, self.max_visual_tokens, self.min_tiles, self.max_tiles)
 
     def validate_selector(self):
         """The selector can be built; run by `@strict` on construction."""
@@ -89,7 +87,8 @@ class QGSAConfig(SmolVLMConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to be at least 1")
         if self.selector_hidden_size % self.selector_heads:
             raise ValueError(
-                f"selector_hidden_size {self.selector_hidden_size} is no multiple of selector_heads {self.selector_heads}"
+                f"selector_hidden_size {self.selector_hidden_size} is no multiple of "
+                f"selector_heads {self.selector_heads}"
             )
         if not self.gumbel_temperature > 0:
             raise ValueError(f"gumbel_temperature is {self.gumbel_temperature}: it has to be above 0")
@@ -109,3 +108,57 @@ def check_budget(selection: str, min_visual_tokens: int, max_visual_tokens: int,
             raise ValueError(f"min_{name} is {low}: it has to be at least {least}")
         if low > high:
             raise ValueError(f"min_{name} {low} is above max_{name} {high}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Which selection, and how many visual tokens and high-resolution tiles of each image it may use."""
+
+    selection: str
+    min_visual_tokens: int
+    max_visual_tokens: int
+    min_tiles: int
+    max_tiles: int
+
+    @classmethod
+    def of(cls, config: QGSAConfig, **overrides) -> "Budget":
+        """The configured budget with this call's overrides; None keeps the configured value. Raises ValueError."""
+        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__}
+        budget = replace(cls(**fields), **{name: value for name, value in overrides.items() if value is not None})
+        check_budget(**{name: getattr(budget, name) for name in fields})
+        return budget
+
+    def resolve(self, complexity):
+        """(m, k) of each image, `(I,)` int64 each, from its complexity `(I,)` in 0 .. 1."""
+        m = self.min_tiles + complexity * (self.max_tiles - self.min_tiles)
+        k = self.min_visual_tokens + complexity * (self.max_visual_tokens - self.min_visual_tokens)
+        return m.round().long(), k.round().long()
+
+
+def pop_budget(kwargs: dict) -> dict:
+    """Take the budget fields out of a call's keyword arguments, so that the rest can be passed on."""
+    names = ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def check_architecture(config):
+    """Raise ValueError unless the config is that of a dense model this one can be made from."""
+    if config.model_type not in ("idefics3", "smolvlm"):
+        raise ValueError(f"model_type is {config.model_type!r}: from_dense takes idefics3 and smolvlm checkpoints")
+
+
+def marker_ids(tokenizer) -> dict:
+    """Ids of SmolVLM's marker tokens, as fields of [`QGSAConfig`]. Raises ValueError where the tokenizer lacks one."""
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
+    known = tokenizer.get_vocab()
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
+    return {
+        "image_token_id": known["<image>"],
+        "global_image_token_id": known["<global-img>"],
+        "fake_image_token_id": known["<fake_token_around_image>"],
+        "end_of_utterance_token_id": known["<end_of_utterance>"],
+        "tile_token_ids": [known[name] for name in tiles],
+    }

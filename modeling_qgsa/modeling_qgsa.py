@@ -10,7 +10,7 @@
 `selection="after_encoder"` looks at every tile; `selection="dense"` hands everything to the stock model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -24,11 +24,10 @@ from transformers import (
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_qgsa import QGSAConfig, check_budget
+from .configuration_qgsa import Budget, QGSAConfig, check_architecture, marker_ids, pop_budget
 from .selection_qgsa import (
-    ComplexityEstimator,
+    Prompt,
     QGSASelection,
-    QuestionGuidedSelector,
     VisualLayout,
     check_pixels,
     describe_selection,
@@ -44,6 +43,7 @@ from .selection_qgsa import (
     to_images,
     token_cells,
 )
+from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 
 
 @dataclass
@@ -66,51 +66,6 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
 
     selection: QGSASelection | None = None
     glance: "Glance | None" = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Which selection, and how many visual tokens and high-resolution tiles of each image it may use."""
-
-    selection: str
-    min_visual_tokens: int
-    max_visual_tokens: int
-    min_tiles: int
-    max_tiles: int
-
-    @classmethod
-    def of(cls, config: QGSAConfig, **overrides) -> "Budget":
-        """The configured budget with this call's overrides; None keeps the configured value. Raises ValueError."""
-        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__}
-        budget = replace(cls(**fields), **{name: value for name, value in overrides.items() if value is not None})
-        check_budget(**{name: getattr(budget, name) for name in fields})
-        return budget
-
-    def resolve(self, complexity: torch.Tensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """(m, k) of each image, `(I,)` int64 each, from its complexity `(I,)` in 0 .. 1."""
-        m = self.min_tiles + complexity * (self.max_tiles - self.min_tiles)
-        k = self.min_visual_tokens + complexity * (self.max_visual_tokens - self.min_visual_tokens)
-        return m.round().long(), k.round().long()
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The text side of a batch, every field `(B, L)`; `Prompt.of` fills in what a caller left out."""
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.Tensor
-    position_ids: torch.LongTensor
-    labels: torch.LongTensor
-
-    @classmethod
-    def of(cls, input_ids, attention_mask=None, position_ids=None, labels=None) -> "Prompt":
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        if labels is None:
-            labels = torch.full_like(input_ids, -100)
-        return cls(input_ids, attention_mask, position_ids.expand_as(input_ids), labels)
 
 
 @dataclass(frozen=True)
@@ -187,7 +142,9 @@ class QGSASmolVLMModel(SmolVLMModel):
         glance = self.encode_tiles(pixel_values, pixel_attention_mask, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         relevance, question_state, glance_state = self.selector(question, question_mask, glance)
-        return Glance(layout, glance, relevance, question_state, self.complexity_estimator(question_state, glance_state))
+        return Glance(
+            layout, glance, relevance, question_state, self.complexity_estimator(question_state, glance_state)
+        )
 
     def choose_tiles(self, glance: Glance, m: torch.Tensor, scores: torch.Tensor | None) -> torch.BoolTensor:
         """The m best high-resolution tiles of every image, and its global view: `(T,)` bool."""
@@ -240,7 +197,9 @@ class QGSASmolVLMModel(SmolVLMModel):
         if budget.selection == "before_encoder":
             tiles = self.choose_tiles(glance, m, given)
         features = self.look(glance, pixel_values, pixel_attention_mask, tiles)
-        kept = self.keep(glance, self.score_tokens(glance, features, tiles) if given is None else given[tiles], tiles, k)
+        kept = self.keep(
+            glance, self.score_tokens(glance, features, tiles) if given is None else given[tiles], tiles, k
+        )
 
         embeds = self.embed(prompt.input_ids, layout, features, tiles)
         (embeds, mask, positions), keep_indices = splice(
@@ -249,13 +208,17 @@ class QGSASmolVLMModel(SmolVLMModel):
             (prompt.attention_mask, 0),
             (prompt.position_ids, 0),
         )
-        selection = describe_selection(
-            layout, kept, tiles, glance.relevance, glance.complexity, keep_indices
-        )
+        selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
         return SelectedInputs(embeds, mask, positions, selection, glance, features)
 
     def relax_inputs(
-        self, budget: Budget, prompt: Prompt, pixel_values, pixel_attention_mask=None, question_mask=None, temperature=1.0
+        self,
+        budget: Budget,
+        prompt: Prompt,
+        pixel_values,
+        pixel_attention_mask=None,
+        question_mask=None,
+        temperature=1.0,
     ) -> SelectedInputs:
         """The prefill in training: every tile is encoded, and the selection is a gate on the attention keys.
 
@@ -283,16 +246,14 @@ class QGSASmolVLMModel(SmolVLMModel):
 
         embeds = self.embed(prompt.input_ids, layout, features, every)
         where = (layout.tile_sample[:, None], layout.token_positions)
-        log_gates = embeds.new_zeros(prompt.input_ids.shape).index_put(where, (gates + token_gates).to(embeds.dtype))
+        log_gates = torch.where(layout.tile_of_position < 0, 0.0, gates[:, 0][layout.tile_of_position])  # markers too
+        log_gates = log_gates.index_put(where, gates + token_gates).to(embeds.dtype)
         mask = gated_attention_mask(prompt.attention_mask, log_gates)
-        keep_indices = torch.where(
-            prompt.attention_mask.bool(), torch.arange(mask.shape[-1], device=mask.device), -1
-        )
-        selection = describe_selection(
-            layout, kept, tiles, glance.relevance, glance.complexity, keep_indices
-        )
+        keep_indices = torch.where(prompt.attention_mask.bool(), torch.arange(mask.shape[-1], device=mask.device), -1)
+        selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
         return SelectedInputs(embeds, mask, prompt.position_ids, selection, glance, features)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -307,24 +268,13 @@ class QGSASmolVLMModel(SmolVLMModel):
         labels: torch.LongTensor | None = None,
         gumbel_temperature: float | None = None,
         selection: str | None = None,
-        min_visual_tokens: int | None = None,
-        max_visual_tokens: int | None = None,
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
         **kwargs,
     ) -> QGSABaseModelOutputWithPast:
         """SmolVLM's forward over what the question selects.
 
         Arguments as in [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector.
         """
-        budget = Budget.of(
-            self.config,
-            selection=selection,
-            min_visual_tokens=min_visual_tokens,
-            max_visual_tokens=max_visual_tokens,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-        )
+        budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
         if pixel_values is None or inputs_embeds is not None or budget.selection == "dense":
             outputs = super().forward(
                 input_ids=input_ids,
@@ -339,7 +289,7 @@ class QGSASmolVLMModel(SmolVLMModel):
             return QGSABaseModelOutputWithPast(**outputs)
 
         prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
-        if self.training:
+        if self.training and visual_token_scores is None:
             temperature = self.config.gumbel_temperature if gumbel_temperature is None else gumbel_temperature
             inputs = self.relax_inputs(budget, prompt, pixel_values, pixel_attention_mask, question_mask, temperature)
         else:
@@ -418,8 +368,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         missing = [name for name in missing if not name.startswith(("model.selector.", "model.complexity_estimator."))]
         if missing or unexpected:
             raise ValueError(
-                f"of the {len(dense.state_dict())} weights of {type(dense).__name__} {len(unexpected)} have no place here "
-                f"({unexpected[:3]}), and {len(missing)} of ours were not given ({missing[:3]})"
+                f"of the {len(dense.state_dict())} weights of {type(dense).__name__} {len(unexpected)} have no place "
+                f"here ({unexpected[:3]}), and {len(missing)} of ours were not given ({missing[:3]})"
             )
         model.generation_config = dense.generation_config
         return model.to(dense.device).train(dense.training)
@@ -440,10 +390,6 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
-        min_visual_tokens: int | None = None,
-        max_visual_tokens: int | None = None,
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
         **kwargs,
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward over what the question selects.
@@ -474,10 +420,6 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             visual_token_scores=visual_token_scores,
             gumbel_temperature=gumbel_temperature,
             selection=selection,
-            min_visual_tokens=min_visual_tokens,
-            max_visual_tokens=max_visual_tokens,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -502,10 +444,6 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             glance=outputs.glance if self.training else None,
         )
 
-    def _select(self, input_ids, pixel_values, budget, pixel_attention_mask, attention_mask, question_mask, scores):
-        prompt = Prompt.of(input_ids, attention_mask)
-        return self.model.select_inputs(budget, prompt, pixel_values, pixel_attention_mask, question_mask, scores)
-
     @torch.no_grad()
     def select(
         self,
@@ -513,22 +451,18 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         **overrides,
     ) -> QGSASelection:
-        """Select without answering; arguments as in `forward`. The dense model selects nothing and raises ValueError."""
+        """Select without answering; arguments as in `forward`. Raises ValueError for "dense", which keeps all."""
         budget = Budget.of(self.config, **overrides)
         if budget.selection == "dense":
             raise ValueError('selection is "dense": there is nothing to select, choose one of the other variants')
-        return self._select(
-            input_ids,
-            pixel_values,
-            budget,
-            pixel_attention_mask,
-            attention_mask,
-            question_mask,
-            visual_token_scores,
+        prompt = Prompt.of(input_ids, attention_mask, position_ids)
+        return self.model.select_inputs(
+            budget, prompt, pixel_values, pixel_attention_mask, question_mask, visual_token_scores
         ).selection
 
     @torch.no_grad()
@@ -539,13 +473,10 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         selection: str | None = None,
-        min_visual_tokens: int | None = None,
-        max_visual_tokens: int | None = None,
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
         **kwargs,
     ):
         """Stock `generate` over what the question selects: returns prompt ids and new ids, as the stock model does.
@@ -554,24 +485,20 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         `selection`. Arguments as in `forward` and in `GenerationMixin.generate`.
         """
         input_ids = inputs if input_ids is None else input_ids
-        budget = Budget.of(
-            self.config,
-            selection=selection,
-            min_visual_tokens=min_visual_tokens,
-            max_visual_tokens=max_visual_tokens,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-        )
+        budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
         if pixel_values is None or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
-            images = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
-            images = {name: value for name, value in images.items() if value is not None}
-            return super().generate(input_ids, attention_mask=attention_mask, selection="dense", **images, **kwargs)
-        selected = self._select(
-            input_ids,
-            pixel_values,
+            given = {
+                "pixel_values": pixel_values,
+                "pixel_attention_mask": pixel_attention_mask,
+                "position_ids": position_ids,
+            }
+            given = {name: value for name, value in given.items() if value is not None}
+            return super().generate(input_ids, attention_mask=attention_mask, selection="dense", **given, **kwargs)
+        selected = self.model.select_inputs(
             budget,
+            Prompt.of(input_ids, attention_mask, position_ids),
+            pixel_values,
             pixel_attention_mask,
-            attention_mask,
             question_mask,
             visual_token_scores,
         )
@@ -586,28 +513,10 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             output["selection"] = selected.selection
         return output
 
-
-def check_architecture(config):
-    """Raise ValueError unless the config is that of a dense model this one can be made from."""
-    if config.model_type not in ("idefics3", "smolvlm"):
-        raise ValueError(f"model_type is {config.model_type!r}: from_dense takes idefics3 and smolvlm checkpoints")
-
-
-def marker_ids(tokenizer) -> dict:
-    """Ids of SmolVLM's marker tokens, as fields of [`QGSAConfig`]. Raises ValueError where the tokenizer lacks one."""
-    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
-    known = tokenizer.get_vocab()
-    lacking = [name for name in names if name not in known]
-    if lacking:
-        raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
-    return {
-        "image_token_id": known["<image>"],
-        "global_image_token_id": known["<global-img>"],
-        "fake_image_token_id": known["<fake_token_around_image>"],
-        "end_of_utterance_token_id": known["<end_of_utterance>"],
-        "tile_token_ids": [known[name] for name in tiles],
-    }
+    def _prepare_generated_length(self, *, model_input_name, input_ids_length, **kwargs):
+        # Lengths count the ids of the whole prompt, which are returned in front, and not what was kept of them.
+        name = "input_ids" if input_ids_length else model_input_name
+        return super()._prepare_generated_length(model_input_name=name, input_ids_length=input_ids_length, **kwargs)
 
 
 __all__ = ["QGSASmolVLMForConditionalGeneration", "QGSASmolVLMModel"]

@@ -46,14 +46,19 @@ class QGSAProcessor(Idefics3Processor):
         return inputs
 
     def mask_question(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
-        """1 on the tokens of the question, 0 elsewhere; all `(L,)`. Raises ValueError for an image without a question."""
+        """1 on the tokens of the question, 0 elsewhere; all `(L,)`. Raises ValueError for images without one."""
         layout = read_layout(
             input_ids[None], self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids
         )
         readable = (layout.tile_of_position < 0) & attention_mask[None].bool()
         end_of_utterance = self.tokenizer.convert_tokens_to_ids(self.end_of_utterance_token)
-        mask = find_question(input_ids[None], readable, end_of_utterance)[0]
-        words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip().removeprefix("User:")
+        while True:
+            mask = find_question(input_ids[None], readable, end_of_utterance)[0]
+            words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip()
+            if not words.startswith("Assistant:"):
+                break
+            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as the one to be learnt: look before it
+        words = words.removeprefix("User:")
         if len(layout.grids) and not words.strip():
             raise ValueError(
                 f"text asks nothing: 0 words beside {len(layout.grids)} images, and it is the question that selects"
@@ -61,10 +66,10 @@ class QGSAProcessor(Idefics3Processor):
         return mask.long()
 
     def draw_selection(self, image, selection: QGSASelection, index: int = 0) -> Image.Image:
-        """Draw what was kept for this question over the image: kept regions in colour, the rest grey, tile grid on top.
+        """Draw what was kept for this question: kept regions in colour, the rest grey, the tile grid on top.
 
-        A region is outlined in orange where its tokens of a high-resolution tile were kept. What was kept of the
-        global view covers the whole image coarsely; it keeps its colour without an outline.
+        Encoded tiles are outlined in blue and kept tokens of theirs in orange. What was kept of the global view covers
+        the image coarsely; it keeps its colour without an outline.
 
         Args:
             image: what the processor was given (PIL image, path, URL or array).
@@ -96,7 +101,7 @@ def check_image(image):
         width, height = image.size
     else:
         shape = np.shape(image)
-        height, width = shape[-2:] if shape[0] in (1, 3) and len(shape) == 3 else shape[:2]
+        height, width = shape[:2] if len(shape) == 2 or shape[-1] in (1, 3, 4) else shape[-2:]
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
             f"image of {width} x {height} px: each side has to be at least {MIN_SIDE} px, and the longer at most "
@@ -137,7 +142,9 @@ def draw_cells(draw: ImageDraw.ImageDraw, cells: np.ndarray, size: tuple[int, in
     rows, columns = cells.shape
     for row, column in np.argwhere(cells):
         x, y = size[0] * column // columns, size[1] * row // rows
-        draw.rectangle((x, y, size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1), outline=colour, width=width)
+        draw.rectangle(
+            (x, y, size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1), outline=colour, width=width
+        )
 
 
 __all__ = ["QGSAProcessor"]

@@ -1,8 +1,8 @@
 """Selection of visual tokens: where they stand, which are kept, and what is left of the prompt.
 
-Pure functions on tensors, and the two small modules that make the scores. Sizes in the docstrings: B samples of L
-positions, I images, T tiles (global views included), P visual tokens a tile, C = P cells of the glance, D the width of
-the text model. Tiles, images and tokens are always in prompt order.
+Pure functions on tensors. Sizes in the docstrings: B samples of L positions, I images, T tiles (global views
+included), P visual tokens a tile, C = P cells of the glance, D the width of the text model. Tiles, images and tokens
+are always in prompt order.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,26 @@ class QGSASelection(ModelOutput):
     grids: torch.LongTensor | None = None
     image_sample: torch.LongTensor | None = None
     keep_indices: torch.LongTensor | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text side of a batch, every field `(B, L)`; `Prompt.of` fills in what a caller left out."""
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.Tensor
+    position_ids: torch.LongTensor
+    labels: torch.LongTensor
+
+    @classmethod
+    def of(cls, input_ids, attention_mask=None, position_ids=None, labels=None) -> "Prompt":
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if labels is None:
+            labels = torch.full_like(input_ids, -100)
+        return cls(input_ids, attention_mask, position_ids.expand_as(input_ids), labels)
 
 
 @dataclass(frozen=True)
@@ -99,13 +119,16 @@ def read_layout(
     for sample, count in enumerate(is_visual.sum(1).tolist()):
         if count % tokens_per_tile:
             raise ValueError(
-                f"sample {sample} has {count} image placeholders, which is no multiple of the {tokens_per_tile} of a tile"
+                f"sample {sample} has {count} image placeholders, which is no multiple of the {tokens_per_tile} "
+                "of a tile"
             )
     sample, position = is_visual.nonzero(as_tuple=True)
     tile_sample = sample.view(-1, tokens_per_tile)[:, 0]
     positions = position.view(-1, tokens_per_tile)
     tile_start = positions[:, 0]
-    for broken in ((positions[:, -1] - tile_start != tokens_per_tile - 1) | (tile_start < 2)).nonzero()[:1, 0].tolist():
+    for broken in (
+        ((positions[:, -1] - tile_start != tokens_per_tile - 1) | (tile_start < 2)).nonzero()[:1, 0].tolist()
+    ):
         raise ValueError(
             f"sample {tile_sample[broken]}: the tile at position {tile_start[broken]} is no run of {tokens_per_tile} "
             "placeholders behind its two markers"
@@ -116,8 +139,8 @@ def read_layout(
     matches = marker[:, None] == torch.tensor(tile_token_ids, device=input_ids.device)
     for broken in (~(is_global | matches.any(1))).nonzero()[:1, 0].tolist():
         raise ValueError(
-            f"sample {tile_sample[broken]}: token {marker[broken]} before the tile at position {tile_start[broken]} is "
-            "neither the global view's marker nor one of the 36 of the rows and columns"
+            f"sample {tile_sample[broken]}: token {marker[broken]} before the tile at position {tile_start[broken]} "
+            "is neither the global view's marker nor one of the 36 of the rows and columns"
         )
     number = matches.int().argmax(1)
     tile_row = torch.where(is_global, -1, number // 6)
@@ -161,7 +184,7 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
 
 
 def _tiles_of_positions(shape, tile_sample, tile_start, is_global, tokens_per_tile) -> torch.LongTensor:
-    """The tile at each position, `(B, L)`: from its two markers to the next tile's; a global view to its last marker."""
+    """The tile at each position, `(B, L)`: from its two markers to the next tile's; a global view's to its last."""
     tile_of_position = torch.full(shape, -1, device=tile_start.device)
     ends = torch.cat([tile_start[1:] - 2, tile_start[:0].new_zeros(1)]) if len(tile_start) else tile_start
     ends = torch.where(is_global, tile_start + tokens_per_tile + 1, ends)
@@ -237,7 +260,9 @@ def keep_top_k(
     Returns `(keep, order)`: `(rows, n)` bool, and `(rows, n)` int64, the columns from best to worst.
     """
     order = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < k[:, None]) & candidates, order
 
 
@@ -281,7 +306,9 @@ def gated_attention_mask(attention_mask: torch.Tensor, log_gates: torch.Tensor) 
     return torch.where(allowed, log_gates[:, None, None, :], lowest)
 
 
-def splice(keep: torch.BoolTensor, *tensors: tuple[torch.Tensor, float]) -> tuple[list[torch.Tensor], torch.LongTensor]:
+def splice(
+    keep: torch.BoolTensor, *tensors: tuple[torch.Tensor, float]
+) -> tuple[list[torch.Tensor], torch.LongTensor]:
     """Step 6: take the kept positions of each sample together, padded on the left.
 
     Args:
@@ -329,8 +356,8 @@ def scores_of_tiles(scores: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
     most = int(torch.bincount(layout.tile_sample, minlength=samples).max()) * per_tile
     if scores.dim() != 2 or tuple(scores.shape) != (samples, most):
         raise ValueError(
-            f"visual_token_scores has shape {tuple(scores.shape)}: the prompts hold {samples} samples of at most {most} "
-            "visual tokens"
+            f"visual_token_scores has shape {tuple(scores.shape)}: the prompts hold {samples} samples of at most "
+            f"{most} visual tokens"
         )
     return scores.view(samples, -1, per_tile)[layout.tile_sample, layout.tile_ordinal].float()
 
@@ -371,96 +398,3 @@ def describe_selection(
         image_sample=layout.image_sample,
         keep_indices=keep_indices,
     )
-
-
-class QuestionGuidedSelector(nn.Module):
-    """Scores every place of an image from its glance and the question (QGSA, section 3).
-
-    A small transformer reads the cells of the glance and the words of the question together.
-
-    Args:
-        width: D of the text model, whose embeddings and connector features it reads.
-        cells: C, cells of the glance.
-        hidden_size, layers, heads, max_question_tokens: its own size.
-    """
-
-    def __init__(self, width: int, cells: int, hidden_size: int, layers: int, heads: int, max_question_tokens: int):
-        super().__init__()
-        self.max_question_tokens = max_question_tokens
-        self.glance_projection = nn.Linear(width, hidden_size)
-        self.question_projection = nn.Linear(width, hidden_size)
-        self.glance_norm = nn.LayerNorm(width)
-        self.question_norm = nn.LayerNorm(width)
-        self.cell_position = nn.Embedding(cells, hidden_size)
-        self.word_position = nn.Embedding(max_question_tokens, hidden_size)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                hidden_size, heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(hidden_size)
-        self.relevance = nn.Linear(hidden_size, 1)
-        self.query = nn.Linear(hidden_size, 2 * hidden_size)
-        self.tile_key = nn.Linear(width, hidden_size)
-        self.glance_key = nn.Linear(width, hidden_size)
-
-    def forward(
-        self, question: torch.Tensor, question_mask: torch.BoolTensor, glance: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Point.
-
-        Args:
-            question: `(I, Q, D)` word embeddings, padded anywhere.
-            question_mask: `(I, Q)` bool.
-            glance: `(I, C, D)` features of the encoded global view.
-
-        Returns `(relevance, question_state, glance_state)`: log-probabilities of the cells `(I, C)`, and the pooled
-        question and glance, `(I, hidden_size)` each.
-        """
-        (question,), indices = splice(question_mask, (question, 0.0))
-        question, indices = question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :]
-        words = self.question_projection(self.question_norm(question))
-        words = words + self.word_position.weight[: words.shape[1]].flip(0)
-        cells = self.glance_projection(self.glance_norm(glance)) + self.cell_position.weight
-        hidden = torch.cat([cells, words], dim=1)
-        padding = torch.cat([indices.new_zeros(cells.shape[:2], dtype=torch.bool), indices < 0], dim=1)
-        for layer in self.layers:
-            hidden = layer(hidden, src_key_padding_mask=padding)
-        hidden = self.norm(hidden)
-        cells, words = hidden[:, : cells.shape[1]], hidden[:, cells.shape[1] :]
-        present = (indices >= 0)[..., None].to(words.dtype)
-        relevance = self.relevance(cells)[..., 0].float().log_softmax(-1)
-        return relevance, (words * present).sum(1) / present.sum(1), cells.mean(1)
-
-    def score_tokens(
-        self, question_state: torch.Tensor, relevance: torch.Tensor, features: torch.Tensor, is_global: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores of visual tokens, `(n, P)`: how relevant their place is, and how well they match the question.
-
-        Args:
-            question_state: `(n, hidden_size)`, the question of each tile.
-            relevance: `(n, P)`, log-probability of each token's cell.
-            features: `(n, P, D)`, the tokens as the text model gets them.
-            is_global: `(n,)` bool; glances and tiles are matched by keys of their own.
-        """
-        tile_query, glance_query = self.query(question_state)[:, None].chunk(2, dim=-1)
-        features = self.glance_norm(features)
-        match = torch.where(
-            is_global[:, None],
-            (self.glance_key(features) * glance_query).mean(-1),
-            (self.tile_key(features) * tile_query).mean(-1),
-        )
-        return relevance + match.to(relevance.dtype)
-
-
-class ComplexityEstimator(nn.Module):
-    """How much of an image a question needs, 0 to 1, from the pooled question and glance (adaptive sparsity, QGSA)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
-
-    def forward(self, question_state: torch.Tensor, glance_state: torch.Tensor) -> torch.Tensor:
-        """Map two `(I, hidden_size)` to the complexity, `(I,)` float32."""
-        return self.network(torch.cat([question_state, glance_state], dim=-1))[:, 0].float().sigmoid()
