@@ -177,6 +177,7 @@ def test_given_scores_decide(model, batch, answers):
     assert torch.equal(other, repeated), "only the order of the scores counts"
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("limit", ["max_length", "generation_config", "none"])
 def test_lengths_count_the_whole_prompt_as_in_the_stock_model(limit, make_dense, model, batch, stock_inputs):
     length = batch["input_ids"].shape[1]
@@ -212,6 +213,7 @@ def test_scores_and_sequences_come_as_a_dictionary_on_request(model, batch, answ
     outputs = model.generate(**batch, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(outputs.sequences, answers)
     assert torch.equal(torch.stack(outputs.logits, 1).argmax(-1), answers[:, -NEW:])
+    assert torch.equal(outputs.selection.keep_indices, model.select(**batch).keep_indices)
 
 
 def test_a_model_in_training_generates_with_the_hard_selection(make_model, batch, answers):

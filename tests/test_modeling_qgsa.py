@@ -457,6 +457,7 @@ def test_a_few_steps_of_training_lower_the_loss(trainable, one_tile):
 @pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
 def test_from_dense_copies_every_weight(kind, make_dense, tokenizer, stock_processor, tmp_path):
     dense = make_dense(kind)
+    dense.generation_config.no_repeat_ngram_size = 5
     dense.save_pretrained(tmp_path)
     stock_processor.save_pretrained(tmp_path)
     for base, of in ((dense, tokenizer), (str(tmp_path), None), (tmp_path, None)):
@@ -470,6 +471,7 @@ def test_from_dense_copies_every_weight(kind, make_dense, tokenizer, stock_proce
         assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
         assert model.config.tile_token_ids[-1] == tokenizer.convert_tokens_to_ids("<row_6_col_6>")
         assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+        assert model.generation_config.no_repeat_ngram_size == 5
         assert not model.training
 
 

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 
+CODE = [f"{name}_qgsa.py" for name in ("configuration", "modeling", "processing", "selection", "selector")]
+
 SCRIPT = """
 import json
 import sys
@@ -103,7 +105,7 @@ def report(checkpoint, batch, make_image, tmp_path_factory):
 
 def test_the_checkpoint_brings_its_code(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"configuration_qgsa.py", "modeling_qgsa.py", "selection_qgsa.py", "processing_qgsa.py"} <= names
+    assert set(CODE) <= names
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     for reference in auto_map.values():
         assert f"{reference.split('.')[0]}.py" in names
@@ -156,7 +158,7 @@ def test_the_chat_template_gives_a_question_mask(report):
 
 
 def test_saving_again_brings_the_code_again(report, checkpoint):
-    for name in ("configuration_qgsa.py", "modeling_qgsa.py", "selection_qgsa.py", "processing_qgsa.py"):
+    for name in CODE:
         assert (report["again"] / name).read_text() == (checkpoint / name).read_text()
     again, first = (json.loads((folder / "config.json").read_text()) for folder in (report["again"], checkpoint))
     assert again["auto_map"] == first["auto_map"]

@@ -3,8 +3,6 @@ import pytest
 import torch
 
 from modeling_qgsa.selection_qgsa import (
-    ComplexityEstimator,
-    QuestionGuidedSelector,
     check_pixels,
     find_question,
     gated_attention_mask,
@@ -18,6 +16,7 @@ from modeling_qgsa.selection_qgsa import (
     to_images,
     token_cells,
 )
+from modeling_qgsa.selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 
 
 IMAGE, GLOBAL, FAKE, END, NEWLINE, PAD = 100, 101, 102, 103, 10, 0
@@ -149,6 +148,12 @@ def test_keep_top_k():
     keep, order = keep_top_k(scores, candidates, torch.tensor([2, 2, 9, 0]))
     assert keep.tolist() == [[False, True, True, False], [True, True, False, False], [True] * 4, [False] * 4]
     assert order.tolist() == [[1, 2, 0, 3], [0, 1, 2, 3], [3, 2, 1, 0], [3, 2, 1, 0]]
+
+
+def test_keep_top_k_breaks_ties_by_the_first_in_long_rows():
+    keep, _ = keep_top_k(torch.zeros(2, 1088), torch.ones(2, 1088, dtype=torch.bool), torch.tensor([5, 100]))
+    assert keep[0].nonzero()[:, 0].tolist() == list(range(5))
+    assert keep[1].nonzero()[:, 0].tolist() == list(range(100))
 
 
 def test_keep_top_k_takes_no_candidate_that_is_none():

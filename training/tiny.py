@@ -76,7 +76,8 @@ def build_processor() -> Idefics3Processor:
 def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
     """A fresh Idefics3 of 1.4 M parameters, seeded by torch's global generator.
 
-    The initialisation is 1 / sqrt(width): with the usual 0.02 a width of 128 does not learn to bind in reasonable time.
+    The initialisation is 1 / sqrt(width): with the usual 0.02 a width of 128 does not learn to bind in reasonable
+    time.
     """
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")

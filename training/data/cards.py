@@ -102,7 +102,10 @@ def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
     radius = radius / 2
 
     def polygon(angles, radii):
-        draw.polygon([(centre + r * radius * np.sin(a), centre - r * radius * np.cos(a)) for a, r in zip(angles, radii)], fill=255)
+        draw.polygon(
+            [(centre + r * radius * np.sin(a), centre - r * radius * np.cos(a)) for a, r in zip(angles, radii)],
+            fill=255,
+        )
 
     def disc(x, y, r, fill=255):
         x, y, r = centre + x * radius, centre + y * radius, r * radius
@@ -119,7 +122,9 @@ def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
         polygon([turn * i / 4 for i in range(4)], [1.1, 0.75] * 2)
     elif figure == "cross":
         for x, y in ((1.0, 0.32), (0.32, 1.0)):
-            draw.rectangle((centre - x * radius, centre - y * radius, centre + x * radius, centre + y * radius), fill=255)
+            draw.rectangle(
+                (centre - x * radius, centre - y * radius, centre + x * radius, centre + y * radius), fill=255
+            )
     elif figure == "star":
         polygon([turn * i / 10 for i in range(10)], [1.2, 0.48] * 5)
     elif figure == "heart":
@@ -244,13 +249,12 @@ class Cards(torch.utils.data.Dataset):
         rows, columns: the canvas in tiles. Anything but 4 x 4 is for the training curriculum.
         questions: questions to a sample. 1 for the benchmark; more make a conversation in which no question answers
             another (each is about a card of its own), for training the dense model.
-        families: the families asked, in their shares; all of them by default.
 
     Each item is a dict with `question_id`, `image` (PIL, RGB), and `question`, `answer`, `choices`, `family`,
     `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only); with `questions > 1` the item holds `turns`,
     a list of such dicts, instead.
 
-    Raises ValueError for an unknown split or family, or a canvas outside 1..4 tiles.
+    Raises ValueError for an unknown split, or a canvas outside 1..4 tiles.
     """
 
     def __init__(
@@ -261,17 +265,13 @@ class Cards(torch.utils.data.Dataset):
         rows: int = 4,
         columns: int = 4,
         questions: int = 1,
-        families: tuple[str, ...] = tuple(FAMILIES),
     ):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
         if not (1 <= rows <= 4 and 1 <= columns <= 4):
             raise ValueError(f"the canvas is {rows} x {columns} tiles: each side has to be within 1 and 4")
         self.split, self.size, self.seed = split, size, seed
-        unknown = set(families) - set(FAMILIES)
-        if unknown or not families:
-            raise ValueError(f"families {sorted(unknown) or '()'}: choose from {', '.join(FAMILIES)}")
-        self.rows, self.columns, self.questions, self.families = rows, columns, questions, tuple(families)
+        self.rows, self.columns, self.questions = rows, columns, questions
 
     def __len__(self) -> int:
         return self.size
@@ -290,9 +290,9 @@ class Cards(torch.utils.data.Dataset):
         return sample | ({"turns": turns} if self.questions > 1 else turns[0])
 
     def _turns(self, rng, cards):
-        shares = np.array([FAMILIES[family][1] for family in self.families])
+        families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
         for number in rng.permutation(len(cards))[: self.questions]:
-            family = self.families[rng.choice(len(shares), p=shares / shares.sum())]
+            family = families[rng.choice(len(families), p=shares)]
             turn = make_question(rng, family, cards, cards[number])
             if turn is not None:
                 yield {**turn, "family": family, "tiles_needed": FAMILIES[family][0]}
