@@ -46,7 +46,7 @@ class QGSAConfig(SmolVLMConfig):
             defaults are those of the published SmolVLM tokenizers.
         tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in all.
 
-    Raises ValueError where a field is out of its range, naming the field and the number.
+    Raises huggingface_hub's StrictDataclass errors where a field is out of its range, naming the field and the number.
     """
 
     model_type = "qgsa_smolvlm"

@@ -454,13 +454,14 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         position_ids: torch.LongTensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
         **overrides,
     ) -> QGSASelection:
         """Select without answering; arguments as in `forward`. Raises ValueError for "dense", which keeps all."""
         budget = Budget.of(self.config, **overrides)
         if budget.selection == "dense":
             raise ValueError('selection is "dense": there is nothing to select, choose one of the other variants')
-        prompt = Prompt.of(input_ids, attention_mask, position_ids)
+        prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
         return self.model.select_inputs(
             budget, prompt, pixel_values, pixel_attention_mask, question_mask, visual_token_scores
         ).selection

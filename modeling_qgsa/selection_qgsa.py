@@ -223,8 +223,7 @@ def tile_relevance(relevance: torch.Tensor, layout: VisualLayout) -> torch.Tenso
         low, high = (index / parts)[:, None], ((index + 1) / parts)[:, None]
         overlaps.append((torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp(min=0) * side)
     maps = relevance.view(-1, side, side)[layout.tile_image]
-    mass = torch.einsum("tij,ti,tj->t", maps, overlaps[0].to(maps.dtype), overlaps[1].to(maps.dtype))
-    return mass.masked_fill(layout.is_global, 0.0)
+    return torch.einsum("tij,ti,tj->t", maps, overlaps[0].to(maps.dtype), overlaps[1].to(maps.dtype))
 
 
 def token_cells(layout: VisualLayout) -> torch.LongTensor:
@@ -283,7 +282,7 @@ def relaxed_top_k(
     count = candidates.sum(1)
     last = ordered.gather(1, (k - 1).clamp(min=0)[:, None].clamp(max=ordered.shape[1] - 1))
     following = ordered.gather(1, k[:, None].clamp(max=ordered.shape[1] - 1))
-    threshold = torch.where((k > 0)[:, None], (last + following) / 2, ordered[:, :1] + 4 * temperature)
+    threshold = torch.where((k > 0)[:, None], (last + following) / 2, ordered[:, :1] + 16 * temperature)
     gates = nn.functional.logsigmoid((scores - threshold) / temperature)
     return gates.masked_fill(~candidates | (k >= count)[:, None], 0.0)
 
@@ -359,6 +358,8 @@ def scores_of_tiles(scores: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
             f"visual_token_scores has shape {tuple(scores.shape)}: the prompts hold {samples} samples of at most "
             f"{most} visual tokens"
         )
+    if not scores.isfinite().all():
+        raise ValueError("visual_token_scores holds NaN or infinite values")
     return scores.view(samples, -1, per_tile)[layout.tile_sample, layout.tile_ordinal].float()
 
 
