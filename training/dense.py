@@ -14,43 +14,38 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.data.cards import COLOURS, FAMILIES, FIGURES, SPLITS, Cards, make_scene, place, render
+from training.data.cards import COLOURS, FIGURES, SPLITS, Cards, make_scene, place, render
 from training.data.collator import QuestionCollator
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the curriculum: `samples` images of `rows` x `columns` tiles, asked about in `families`."""
+    """One stage of the curriculum: `samples` images of `rows` x `columns` tiles, the share `described` of them."""
 
     rows: int
     columns: int
     samples: int
-    families: tuple[str, ...] = tuple(FAMILIES)
+    described: float
 
     @property
     def image_kwargs(self) -> dict:
-        """Image processor options that keep the canvas at its own size, so that a tile of it is a tile of the model."""
-        if self.rows == self.columns == 1:
-            return {"do_image_splitting": False, "size": {"longest_edge": 64}}
+        """Image processor options that keep the canvas at its size: a tile of it is a tile of the model."""
         return {"size": {"longest_edge": 64 * max(self.rows, self.columns)}}
 
 
 def parse_curriculum(text: str, batch_size: int) -> list[Stage]:
-    """Read stages from `"1x1:48000:open,find 2x2:96000"`: rows x columns : samples : families (all by default).
+    """Read stages from `"2x2:38400:0.5 4x4:48000:0.2"`: rows x columns : samples : share that is described.
 
-    Samples are rounded down to whole batches.
-
-    Raises ValueError where a stage cannot be read or holds less than one batch.
+    Samples are rounded down to whole batches. Raises ValueError where a stage cannot be read or holds less than one.
     """
     stages = []
     for part in text.split():
         try:
-            canvas, samples, *families = part.split(":")
+            canvas, samples, described = part.split(":")
             rows, columns = (int(side) for side in canvas.split("x"))
-            families = tuple(families[0].split(",")) if families else tuple(FAMILIES)
-            stages.append(Stage(rows, columns, int(samples) // batch_size * batch_size, families))
+            stages.append(Stage(rows, columns, int(samples) // batch_size * batch_size, float(described)))
         except ValueError as error:
-            raise ValueError(f"curriculum: cannot read the stage {part!r}, write it like 4x4:48000") from error
+            raise ValueError(f"curriculum: cannot read the stage {part!r}, write it like 4x4:48000:0.2") from error
         if stages[-1].samples == 0:
             raise ValueError(f"curriculum: the stage {part!r} is smaller than one batch of {batch_size}")
     return stages
@@ -88,7 +83,10 @@ class Tiles(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         (card,) = cards = make_scene(rng, self.split, 1, 1)
         pixels = torch.from_numpy(render(rng, cards, 1, 1)).permute(2, 0, 1).float() / 127.5 - 1
-        return {"pixel_values": pixels, "labels": torch.tensor([list(COLOURS).index(card.colour), FIGURES.index(card.figure)])}
+        return {
+            "pixel_values": pixels,
+            "labels": torch.tensor([list(COLOURS).index(card.colour), FIGURES.index(card.figure)]),
+        }
 
 
 def train_tower(model, training_args, samples: int):
@@ -102,17 +100,20 @@ def train_tower(model, training_args, samples: int):
         eval_strategy="no",
     )
     trainer = Trainer(tower, args, train_dataset=Tiles("train", samples, args.seed))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
+    )
     held_out = trainer.predict(Tiles("validation", 1000, args.seed))
     figures = held_out.predictions[:, len(COLOURS) :].argmax(1) == held_out.label_ids[:, 1]
     print(f"vision tower: names the figure on {figures.mean():.1%} of 1000 held-out tiles")
 
 
 class Conversations(Cards):
-    """Cards for learning to answer: half of the images are asked about, up to four cards each, half are described.
+    """Cards for learning to answer: the images of a stage are described or asked about, up to four cards each.
 
-    A description names all cards in reading order, two facts a card ("red star, blue moon"). The second fact follows
-    from the first by the shortest of lookups, which is what answering a question is made of.
+    A description names all cards in any order, two facts a card ("red star, blue moon"). The second fact follows from
+    the first by the shortest of lookups, which is what answering a question is made of. In reading order it would
+    follow from counting instead, and nothing would be bound.
     """
 
     DESCRIPTIONS = (
@@ -122,14 +123,17 @@ class Conversations(Cards):
         ("where are the shapes?", lambda card: f"{card.figure} {place(card)}"),
     )
 
+    def __init__(self, stage: Stage, seed: int):
+        super().__init__("train", stage.samples, seed, stage.rows, stage.columns, questions=4)
+        self.described = stage.described
+
     def _turns(self, rng, cards):
-        if rng.random() < 0.5:
+        if rng.random() < self.described:
+            question, describe = self.DESCRIPTIONS[rng.integers(len(self.DESCRIPTIONS))]
+            yield {"question": question, "answer": ", ".join(describe(card) for card in cards)}
+        else:
             turns = {turn["question"]: turn for turn in super()._turns(rng, cards)}
             yield from turns.values()  # asked twice, a question would be answered by copying
-        else:
-            question, describe = self.DESCRIPTIONS[rng.integers(len(self.DESCRIPTIONS))]
-            ordered = sorted(cards, key=lambda card: (card.row, card.column))
-            yield {"question": question, "answer": ", ".join(describe(card) for card in ordered)}
 
 
 class CurriculumCollator(QuestionCollator):
@@ -137,7 +141,7 @@ class CurriculumCollator(QuestionCollator):
 
     def __call__(self, samples):
         width, height = samples[0]["image"].size
-        self.image_kwargs = Stage(height // 64, width // 64, 1).image_kwargs
+        self.image_kwargs = Stage(height // 64, width // 64, 1, 0.0).image_kwargs
         return super().__call__(samples)
 
 
@@ -170,9 +174,8 @@ def train_dense(model, processor, training_args, curriculum: str, tower_samples:
         train_tower(model, training_args, tower_samples)
     model.model.vision_model.requires_grad_(False)
     stages = parse_curriculum(curriculum, batch)
-    train = torch.utils.data.ConcatDataset(
-        [Conversations("train", s.samples, training_args.seed, s.rows, s.columns, 4, s.families) for s in stages]
-    )
+    seeds = range(training_args.seed, training_args.seed + len(stages))  # no stage sees the images of another
+    train = torch.utils.data.ConcatDataset([Conversations(stage, seed) for stage, seed in zip(stages, seeds)])
     validation = Cards("validation", validation_size, training_args.seed)
     trainer = Trainer(
         model=model,

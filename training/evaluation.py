@@ -150,7 +150,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> 
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
-def make_row(name: str, answers: Answers, right: np.ndarray, dense: np.ndarray, families: list[str], needed: list[str]):
+def make_row(
+    name: str, answers: Answers, right: np.ndarray, dense: np.ndarray, families: list[str], needed: list[str]
+):
     """One row of `results.json`: `right` and `dense` are `(n,)` of 0 and 1 over the same questions."""
     families, pointed = np.array(families), np.array([point is not None for point in answers.pointed])
     row = {
@@ -184,7 +186,7 @@ def evaluate_systems(systems: list[System], dataset, processor, batch_size: int,
     """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with."""
     samples = [dataset[index] for index in range(len(dataset))]
     families, needed = [s["family"] for s in samples], [s["tiles_needed"] for s in samples]
-    rows, dense, collate = [], None, QuestionCollator(processor, with_answer=False)
+    rows, dense = [], None
     for system in systems:
         answers = answer(system, dataset, processor, batch_size, max_new_tokens, seed)
         right = exact_match(answers.predictions, dataset)

@@ -13,7 +13,7 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cp
 
 
 def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str, int]:
-    """Count one greedy `model.generate(**inputs, **options)`: FLOPs of `vision`, `prefill`, `decode` and their `total`.
+    """Count one greedy `model.generate(**inputs, **options)`: FLOPs of `vision`, `prefill`, `decode`, and `total`.
 
     Vision is the encoder and the connector; prefill is all else up to the first new token, the selector included;
     decode is the rest of the tokens.

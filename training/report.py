@@ -10,7 +10,7 @@ import transformers
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+from matplotlib import pyplot as plt
 
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
@@ -22,7 +22,9 @@ def environment() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads",
     }
 
 
@@ -46,7 +48,8 @@ def format_table(rows: list[dict]) -> str:
         flops = row.get("flops", {}).get("total")
         lines.append(
             f"| {row['system']} | {row['accuracy']:.1%} | {row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}] "
-            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} | {'–' if pointing is None else f'{pointing:.1%}'} "
+            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} "
+            f"| {'–' if pointing is None else f'{pointing:.1%}'} "
             f"| {'–' if flops is None else f'{flops / 1e9:.2f}'} | {1000 * row['seconds_median']:.1f} |"
         )
     return "\n".join(lines)
@@ -118,15 +121,19 @@ def plot_selections(model, processor, samples: list[dict], collate, path: Path):
 
 def write_card(folder: Path, name: str, base: str, dataset: str, n: int, rows: list[dict], command: str):
     """Write the model card `README.md` of `folder` from the template and the rows of `results.json`."""
-    filled = (TEMPLATES / "card_template.md").read_text().format(
-        name=name,
-        base=base,
-        dataset=dataset,
-        n=n,
-        table=format_table(rows),
-        families=format_families(rows),
-        command=command,
-        environment=describe_environment(),
+    filled = (
+        (TEMPLATES / "card_template.md")
+        .read_text()
+        .format(
+            name=name,
+            base=base,
+            dataset=dataset,
+            n=n,
+            table=format_table(rows),
+            families=format_families(rows),
+            command=command,
+            environment=describe_environment(),
+        )
     )
     (folder / "README.md").write_text(filled)
 
@@ -142,13 +149,17 @@ def write_dense_card(folder: Path, name: str, parameters: int, n: int, row: dict
         right = sum(scores["n"] * scores["accuracy"] for scores in some)
         lines.append(f"| **all that need {tiles}** | {tiles} | {count} | **{right / max(count, 1):.1%}** |")
     lines.append(f"| **all** | | {n} | **{row['accuracy']:.1%}** |")
-    filled = (TEMPLATES / "dense_card_template.md").read_text().format(
-        name=name,
-        parameters=parameters,
-        n=n,
-        families="\n".join(lines),
-        command=command,
-        environment=describe_environment(),
+    filled = (
+        (TEMPLATES / "dense_card_template.md")
+        .read_text()
+        .format(
+            name=name,
+            parameters=parameters,
+            n=n,
+            families="\n".join(lines),
+            command=command,
+            environment=describe_environment(),
+        )
     )
     (folder / "README.md").write_text(filled)
     return "\n".join(lines)

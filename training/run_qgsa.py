@@ -26,7 +26,9 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, not this folder, whose names would shadow others
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # the project, not this folder, whose names would shadow others
 
 from training.tasks import run_dense, run_qgsa  # noqa: E402
 from training.trainer import QGSATrainingArguments  # noqa: E402
@@ -42,12 +44,15 @@ class RunArguments:
     preset: str = field(default="demo", metadata={"help": "Fields to start from: a file of training/presets."})
     task: str = field(default="qgsa", metadata={"help": "qgsa, or dense for the tiny stand-in itself."})
     base_model: str = field(
-        default="hub_cards/tiny-dense", metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` for a fresh one."}
+        default="hub_cards/tiny-dense",
+        metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` for a fresh one."},
     )
     random_weights: bool = field(default=False, metadata={"help": "Build base_model from its config, untrained."})
     dataset: str = field(default="cards", metadata={"help": "cards or vqa_rad."})
     data_dir: str | None = field(default=None, metadata={"help": "Local folder of vqa_rad; the Hub without it."})
-    split_by: str = field(default="published", metadata={"help": "vqa_rad: published, or by image (no image in both)."})
+    split_by: str = field(
+        default="published", metadata={"help": "vqa_rad: published, or by image (no image in both)."}
+    )
     train_size: int = field(default=100_000, metadata={"help": "Samples of cards to draw the training from."})
     test_size: int = field(default=2000, metadata={"help": "Test questions to evaluate; all there are, if fewer."})
     test_batch_size: int = field(default=50, metadata={"help": "Batch size of the evaluation."})
@@ -61,7 +66,7 @@ class RunArguments:
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens kept an image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})
     max_tiles: int = field(default=4, metadata={"help": "Most high-resolution tiles encoded an image."})
-    curriculum: str = field(default="4x4:48000", metadata={"help": "Task dense: canvases, see training/dense.py."})
+    curriculum: str = field(default="4x4:48000:0.2", metadata={"help": "Task dense: canvases, see training/dense.py."})
     tower_samples: int = field(default=96_000, metadata={"help": "Task dense: single tiles for the vision tower."})
     validation_size: int = field(default=400, metadata={"help": "Task dense: validation questions."})
 

@@ -80,7 +80,9 @@ def run_qgsa(preset: str, run, args, command: str):
     train, test = load_data(run, args.seed)
     if run.random_weights:
         test = torch.utils.data.Subset(test, range(SMOKE_QUESTIONS))
-    budget = {name: getattr(run, name) for name in ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")}
+    budget = {
+        name: getattr(run, name) for name in ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
+    }
     tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer, **budget)
     dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer, **budget)
 

@@ -6,8 +6,9 @@ tiles at hand it costs one short pass of the text model a tile, and it is exact.
 
 import torch
 
-from modeling_qgsa.modeling_qgsa import Budget, Glance, Prompt
-from modeling_qgsa.selection_qgsa import VisualLayout, positions_to_keep, splice
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.modeling_qgsa import Glance
+from modeling_qgsa.selection_qgsa import Prompt, VisualLayout, positions_to_keep, splice
 
 
 CHUNK = 64  # variants of a prompt scored at once
@@ -63,7 +64,13 @@ def tile_utility(model, layout: VisualLayout, features: torch.Tensor, prompt: Pr
 
 @torch.no_grad()
 def cheapest_sufficient(
-    model, glance: Glance, features: torch.Tensor, scores: torch.Tensor, prompt: Prompt, budget: Budget, tolerance: float
+    model,
+    glance: Glance,
+    features: torch.Tensor,
+    scores: torch.Tensor,
+    prompt: Prompt,
+    budget: Budget,
+    tolerance: float,
 ) -> torch.Tensor:
     """The lowest complexity at which the answer is as likely as with everything, `(I,)` in 0 .. 1 (VISOR's rule).
 

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from modeling_qgsa.modeling_qgsa import Budget, Prompt
-from modeling_qgsa.selection_qgsa import tile_relevance
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.selection_qgsa import Prompt, tile_relevance
 from training.losses import quantile_loss, utility_loss
 from training.teachers import cheapest_sufficient, tile_utility
 
@@ -31,7 +31,7 @@ class QGSATrainingArguments(TrainingArguments):
 
 
 class QGSATrainer(Trainer):
-    """Trainer whose loss is the answer's, the utility teacher's (where) and the cheapest sufficient budget's (how much).
+    """Trainer whose loss is the answer's, the utility teacher's (where) and the cheapest budget's (how much).
 
     The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
     Raises ValueError for a model without a selection to train, and as soon as a loss is not finite.
