@@ -278,7 +278,7 @@ def relaxed_top_k(
     if noise:
         uniform = torch.rand_like(scores, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         scores = scores - torch.log(-torch.log(uniform)).to(scores.dtype)
-    ordered = scores.detach().masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True).values
+    ordered = scores.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True).values
     count = candidates.sum(1)
     last = ordered.gather(1, (k - 1).clamp(min=0)[:, None].clamp(max=ordered.shape[1] - 1))
     following = ordered.gather(1, k[:, None].clamp(max=ordered.shape[1] - 1))

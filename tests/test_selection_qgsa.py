@@ -188,11 +188,12 @@ def test_relaxed_top_k_draws_in_proportion_to_the_scores():
     assert torch.allclose(gates.mean(0), probabilities, atol=0.03)
 
 
-def test_relaxed_top_k_has_a_gradient_that_lifts_what_is_kept():
+def test_relaxed_top_k_has_a_gradient_that_a_shift_of_all_scores_does_not_change():
     scores = torch.randn(2, 8, requires_grad=True)
     gates = relaxed_top_k(scores, torch.ones(2, 8, dtype=torch.bool), torch.tensor([3, 8]), temperature=1.0)
     gates.sum().backward()
-    assert (scores.grad[0] > 0).all()
+    assert scores.grad[0].abs().max() > 0.1
+    assert scores.grad[0].sum().abs() < 1e-5
     assert (scores.grad[1] == 0).all()
 
 

@@ -116,6 +116,17 @@ class Conversations(Cards):
     follow from counting instead, and nothing would be bound.
     """
 
+    # Yes and no are learnt last, and are asked the most.
+    shares = {
+        "count": 0.05,
+        "presence": 0.2,
+        "refer": 0.15,
+        "open": 0.1,
+        "verify": 0.25,
+        "choice": 0.05,
+        "find": 0.1,
+        "locate": 0.1,
+    }
     DESCRIPTIONS = (
         ("what is on the cards?", lambda card: f"{card.colour} {card.figure}"),
         ("which colours are the shapes?", lambda card: f"{card.figure} {card.colour}"),

@@ -18,29 +18,22 @@ def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str
     Vision is the encoder and the connector; prefill is all else up to the first new token, the selector included;
     decode is the rest of the tokens.
     """
-    options = inputs | options | {"do_sample": False}
-    first, vision = _count(model, lambda: model.generate(**options, max_new_tokens=1))
-    total, _ = _count(model, lambda: model.generate(**options, max_new_tokens=max_new_tokens))
-    return {"vision": vision, "prefill": first - vision, "decode": total - first, "total": total}
-
-
-def _count(model, run) -> tuple[int, int]:
-    """FLOPs of everything, and of the encoder and connector, while `run` runs."""
-    marks = []
+    vision, tokens = [], []
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
 
         def before(module, args):
-            marks.append(-counter.get_total_flops())
+            vision.append(-counter.get_total_flops())
 
         def after(module, args, output):
-            marks.append(counter.get_total_flops())
+            vision.append(counter.get_total_flops())
 
-        hooks = []
+        hooks = [model.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
         for part in (model.model.vision_model, model.model.connector):
             hooks += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
         try:
-            run()
+            model.generate(**inputs, **options, do_sample=False, max_new_tokens=max_new_tokens)
         finally:
             for hook in hooks:
                 hook.remove()
-    return counter.get_total_flops(), sum(marks)
+    total, first = counter.get_total_flops(), tokens[0]
+    return {"vision": sum(vision), "prefill": first - sum(vision), "decode": total - first, "total": total}

@@ -103,7 +103,7 @@ def plot_selections(model, processor, samples: list[dict], collate, path: Path):
         row[0].set_title(f"{sample['question']}", fontsize=8, wrap=True)
         row[1].imshow(sample["image"], alpha=0.5)
         row[1].imshow(
-            selection.relevance[0].float().cpu(), extent=(0, width, height, 0), alpha=0.6, cmap="magma", vmin=0
+            selection.relevance[0].float().cpu().numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="magma", vmin=0
         )
         row[1].set_title("relevance", fontsize=8)
         row[2].imshow(processor.draw_selection(sample["image"], selection))

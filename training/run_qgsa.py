@@ -26,15 +26,15 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # the project, not this folder, whose names would shadow others
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
+    sys.path[0] = str(HERE.parent)
 
 from training.tasks import run_dense, run_qgsa  # noqa: E402
 from training.trainer import QGSATrainingArguments  # noqa: E402
 
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = HERE / "presets"
 
 
 @dataclass

@@ -76,6 +76,7 @@ def run_dense(preset: str, run, args, command: str):
 
 def run_qgsa(preset: str, run, args, command: str):
     """Train selector and adapters on a frozen dense model, evaluate all systems, write the outputs folder."""
+    check_systems(run.systems)
     dense, processor = load_base(run.base_model, run.random_weights)
     train, test = load_data(run, args.seed)
     if run.random_weights:
@@ -101,6 +102,15 @@ def run_qgsa(preset: str, run, args, command: str):
     evaluate_and_report(preset, run, args, command, dense.to(tuned.device), tuned, processor, test)
 
 
+def check_systems(systems: str):
+    """Raise ValueError, before anything is trained, for an unknown system, or where dense or qgsa is left out."""
+    wanted, known = set(systems.split()), [system.name for system in standard_systems(None, None)]
+    if wanted - set(known) or not {"dense", "qgsa"} <= wanted:
+        raise ValueError(
+            f"systems is {systems!r}: choose from {', '.join(known)}; dense and qgsa have to be among them"
+        )
+
+
 def add_adapters(model, rank: int):
     """Freeze all but the selector and LoRA adapters of `rank` on the text model's attention; 0 adds none."""
     own = ["selector", "complexity_estimator"]
@@ -119,7 +129,7 @@ def evaluate_and_report(preset, run, args, command, dense, tuned, processor, tes
     wanted = run.systems.split()
     systems = [system for system in standard_systems(dense, tuned) if system.name in wanted]
     rows = evaluate_systems(systems, test, processor, run.test_batch_size, run.max_new_tokens, args.seed)
-    add_flops(rows, systems, test, processor, run.max_new_tokens)
+    add_flops(rows, systems, test, processor, run.max_new_tokens, questions=1 if run.random_weights else 8)
     write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
     plot_accuracy(rows, output / "figures" / "accuracy.png")
     samples = one_of_each_family(test)

@@ -15,7 +15,7 @@ CHUNK = 64  # variants of a prompt scored at once
 
 
 def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, embeds: torch.Tensor, prompt: Prompt):
-    """Mean log-likelihood of the labelled tokens when only some positions are kept, `(n,)` float32.
+    """Log-likelihood of the labelled tokens when only some positions are kept, summed, `(n,)` float32.
 
     Args:
         model: a QGSA model with its language head.
@@ -25,6 +25,8 @@ def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, emb
         prompt: their text side; its labels are scored.
     """
     scores = torch.zeros(len(rows), device=embeds.device)
+    if not len(rows):
+        return scores
     for chunk in keep.sum(1).argsort().split(CHUNK):  # of like length, so that little is padding
         some_rows, some_keep = rows[chunk], keep[chunk]
         (hidden, mask, positions, labels), _ = splice(
@@ -40,8 +42,7 @@ def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, emb
         labelled = labels[:, 1:] != -100
         logits = model.lm_head(hidden[:, :-1][labelled]).float()
         losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="none")
-        summed = losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
-        scores[chunk] = -summed / labelled.sum(1).clamp(min=1)
+        scores[chunk] = -losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
     return scores
 
 
@@ -79,7 +80,7 @@ def cheapest_sufficient(
 
     Args:
         scores: `(T, P)`, the selector's scores of all visual tokens.
-        tolerance: how far the mean log-likelihood of the answer may lie below that of the dense model.
+        tolerance: how far the log-likelihood of the answer may lie below that of the dense model.
 
     Returns 1 where no rung suffices.
     """

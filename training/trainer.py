@@ -25,8 +25,12 @@ class QGSATrainingArguments(TrainingArguments):
     complexity_quantile: float = field(
         default=0.9, metadata={"help": "The budget is to suffice for this share of the questions."}
     )
+    complexity_start: float = field(
+        default=0.4,
+        metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
+    )
     complexity_tolerance: float = field(
-        default=0.05, metadata={"help": "A budget suffices when log p of the answer is at most this far below dense."}
+        default=0.05, metadata={"help": "A budget suffices when the answer's log p is at most this far below dense."}
     )
 
 
@@ -42,10 +46,14 @@ class QGSATrainer(Trainer):
             raise ValueError('selection is "dense": the trainer has no selection to train')
         super().__init__(model=model, args=args, **kwargs)
 
+    def progress(self) -> float:
+        """Share of the steps that are done, 0 to 1."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
     def temperature(self) -> float:
         """Gumbel temperature of the current step."""
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        return self.args.start_temperature * (self.args.end_temperature / self.args.start_temperature) ** progress
+        fall = self.args.end_temperature / self.args.start_temperature
+        return self.args.start_temperature * fall ** self.progress()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -80,7 +88,7 @@ class QGSATrainer(Trainer):
             losses["utility_loss"] = args.utility_weight * utility_loss(
                 mass, utility, glance.layout, args.utility_temperature
             )
-        if args.complexity_weight:
+        if args.complexity_weight and self.progress() >= args.complexity_start:
             budget = Budget.of(model.config)
             with torch.no_grad():
                 scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))

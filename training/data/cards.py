@@ -257,6 +257,8 @@ class Cards(torch.utils.data.Dataset):
     Raises ValueError for an unknown split, or a canvas outside 1..4 tiles.
     """
 
+    shares = {family: share for family, (_, share) in FAMILIES.items()}
+
     def __init__(
         self,
         split: str,
@@ -290,7 +292,7 @@ class Cards(torch.utils.data.Dataset):
         return sample | ({"turns": turns} if self.questions > 1 else turns[0])
 
     def _turns(self, rng, cards):
-        families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
+        families, shares = list(self.shares), list(self.shares.values())
         for number in rng.permutation(len(cards))[: self.questions]:
             family = families[rng.choice(len(families), p=shares)]
             turn = make_question(rng, family, cards, cards[number])

@@ -1,0 +1,321 @@
+"""Cards: pure functions of (seed, split, index), right answers, and figures that a thumbnail does not show."""
+
+import time
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data.cards import (
+    COLOURS,
+    FAMILIES,
+    FEATURES,
+    FIGURE_AREA,
+    FIGURE_SIZE,
+    FIGURES,
+    NUMBERS,
+    SPLITS,
+    Card,
+    Cards,
+    figure_mask,
+    layout_split,
+    load_cards,
+    make_question,
+    make_scene,
+    place,
+    render,
+)
+
+
+RED_STAR = Card(0, 1, (70, 5, 110, 50), "red", "star")
+BLUE_MOON = Card(2, 3, (200, 140, 240, 180), "blue", "moon")
+PINK_MOON = Card(3, 0, (10, 200, 50, 245), "pink", "moon")
+SCENE = (RED_STAR, BLUE_MOON, PINK_MOON)
+
+
+def ask(family, card, times=60):
+    """Different questions of `family` about `card` of the scene above, by their words."""
+    rng = np.random.default_rng(0)
+    turns = [make_question(rng, family, SCENE, card) for _ in range(times)]
+    return {turn["question"]: turn for turn in turns}
+
+
+def as_floats(*cards):
+    return [[float(side) for side in card.box] for card in cards]
+
+
+# Randomness
+
+
+def same(one, other):
+    return one["image"].tobytes() == other["image"].tobytes() and all(
+        one[name] == other[name] for name in one if name != "image"
+    )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_sample_is_made_from_seed_split_and_index(split):
+    cards = Cards(split, 10, seed=3)
+    backwards = [Cards(split, 50, seed=3)[index] for index in reversed(range(10))][::-1]
+    assert all(same(cards[index], backwards[index]) for index in range(10))
+    assert not any(same(cards[index], Cards(split, 10, seed=4)[index]) for index in range(10))
+    assert not any(same(cards[index], cards[(index + 1) % 10]) for index in range(10))
+
+
+def test_splits_differ():
+    train, validation, test = (Cards(split, 10) for split in SPLITS)
+    for index in range(10):
+        images = {split[index]["image"].tobytes() for split in (train, validation, test)}
+        assert len(images) == 3
+
+
+def test_no_layout_is_in_two_splits():
+    layouts = {}
+    for number, split in enumerate(SPLITS):
+        rng = np.random.default_rng(number)
+        layouts[split] = {
+            frozenset(4 * card.row + card.column for card in make_scene(rng, split)) for _ in range(1000)
+        }
+        assert all(layout_split(layout, 4, 4) == split for layout in layouts[split])
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not layouts[one] & layouts[other]
+
+
+def test_every_layout_has_one_split_and_most_are_for_training():
+    rng = np.random.default_rng(0)
+    drawn = [frozenset(rng.choice(16, 5, replace=False).tolist()) for _ in range(2000)]
+    shares = {split: np.mean([layout_split(layout, 4, 4) == split for layout in drawn]) for split in SPLITS}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.04)
+
+
+# Questions
+
+
+def test_families_come_in_their_shares():
+    rng = np.random.default_rng(0)
+    cards = Cards("train", 1)
+    families = [turn["family"] for _ in range(4000) for turn in cards._turns(rng, make_scene(rng, "train"))]
+    for family, (_, share) in FAMILIES.items():
+        # A figure that is there twice cannot be asked for: some questions to find or locate are never asked.
+        least = 0.5 * share if family in ("find", "locate") else 0.9 * share
+        assert least < families.count(family) / len(families) < 1.25 * share, family
+    assert sum(share for _, share in FAMILIES.values()) == pytest.approx(1)
+
+
+def test_a_sample_holds_what_the_features_say():
+    for index in range(100):
+        sample = Cards("test", 100)[index]
+        assert set(sample) == set(FEATURES)
+        assert sample["question_id"] == index
+        assert sample["tiles_needed"] == FAMILIES[sample["family"]][0]
+
+
+def test_count():
+    (turn,) = ask("count", RED_STAR).values()
+    assert (turn["question"], turn["answer"]) == ("how many cards are there?", "three")
+    assert turn["boxes"] == as_floats(*SCENE)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = make_scene(rng, "train")
+        assert make_question(rng, "count", scene, scene[0])["answer"] == NUMBERS[len(scene)]
+
+
+def test_presence():
+    turns = ask("presence", RED_STAR)
+    assert {turn["answer"] for turn in turns.values()} == {"yes", "no"}
+    present = {card.colour for card in SCENE}
+    for question, turn in turns.items():
+        colour = question.removeprefix("is there a ").removesuffix(" card?")
+        assert turn["answer"] == ("yes" if colour in present else "no")
+        assert turn["boxes"] == (as_floats(RED_STAR) if colour in present else [])
+        assert colour in COLOURS and (colour not in present or colour == "red")
+
+
+def test_verify():
+    turns = ask("verify", RED_STAR, 200)
+    assert len(turns) == len(FIGURES)
+    for question, turn in turns.items():
+        figure = question.removeprefix("is there a ").removesuffix(" on the red card?")
+        assert figure in FIGURES
+        assert turn["answer"] == ("yes" if figure == "star" else "no")
+        assert turn["boxes"] == as_floats(RED_STAR)
+
+
+def test_verify_asks_for_figures_that_are_in_view_more_often():
+    rng = np.random.default_rng(0)
+    turns = [make_question(rng, "verify", SCENE, RED_STAR) for _ in range(400)]
+    assert np.mean([turn["answer"] == "yes" for turn in turns]) == pytest.approx(0.5, abs=0.08)
+    wrong = [turn for turn in turns if turn["answer"] == "no"]
+    assert np.mean(["moon" in turn["question"] for turn in wrong]) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("family", "card", "question", "answer"),
+    [
+        ("refer", RED_STAR, "where is the red card?", "row 1 column 2"),
+        ("refer", PINK_MOON, "where is the pink card?", "row 4 column 1"),
+        ("open", BLUE_MOON, "what shape is on the blue card?", "moon"),
+        ("find", RED_STAR, "which colour is the card with the star?", "red"),
+        ("locate", RED_STAR, "where is the card with the star?", "row 1 column 2"),
+    ],
+)
+def test_questions_about_one_card(family, card, question, answer):
+    (turn,) = ask(family, card).values()
+    assert (turn["question"], turn["answer"], turn["choices"]) == (question, answer, [])
+    assert turn["boxes"] == as_floats(card)
+
+
+def test_choice():
+    turns = ask("choice", RED_STAR)
+    assert len(turns) > 10
+    places = set()
+    for question, turn in turns.items():
+        assert question == f"what shape is on the red card? choose from {', '.join(turn['choices'])}"
+        assert turn["answer"] == "star"
+        assert len(set(turn["choices"])) == 4 and set(turn["choices"]) < set(FIGURES)
+        places.add(turn["choices"].index("star"))
+    assert places == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("family", ["find", "locate"])
+def test_a_figure_that_is_there_twice_is_not_asked_for(family):
+    assert make_question(np.random.default_rng(0), family, SCENE, BLUE_MOON) is None
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="unknown family 'weight'.*count"):
+        make_question(np.random.default_rng(0), "weight", SCENE, RED_STAR)
+
+
+# Scenes
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_cards_lie_within_their_own_tiles(split):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = make_scene(rng, split)
+        assert 2 <= len(scene) <= 7
+        assert len({card.colour for card in scene}) == len(scene)
+        assert len({(card.row, card.column) for card in scene}) == len(scene)
+        for card in scene:
+            x0, y0, x1, y1 = card.box
+            assert 64 * card.column < x0 < x1 < 64 * (card.column + 1)
+            assert 64 * card.row < y0 < y1 < 64 * (card.row + 1)
+            assert place(card) == f"row {y0 // 64 + 1} column {x0 // 64 + 1}"
+
+
+def test_boxes_are_where_the_cards_are_drawn():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scene = make_scene(rng, "train")
+        image = render(rng, scene).astype(float)
+        assert image.shape == (256, 256, 3)
+        for card in scene:
+            x0, y0, x1, y1 = card.box
+            colour = np.array(COLOURS[card.colour])
+            corners = image[[y0, y0, y1 - 1, y1 - 1], [x0, x1 - 1, x0, x1 - 1]]
+            assert np.abs(corners - colour).max() < 14 + 10 + 2
+            inside = image[y0:y1, x0:x1]
+            assert np.mean(inside.max(2) < 60) > 0.04  # the ink
+
+
+def test_figures_have_equal_ink():
+    for figure in FIGURES:
+        mask = figure_mask(figure)
+        assert mask.shape == (FIGURE_SIZE, FIGURE_SIZE)
+        assert mask.sum() == pytest.approx(FIGURE_AREA, rel=0.05), figure
+        edges = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+        assert edges.max() < 0.1, f"{figure} is cut off"
+
+
+def test_small_canvases_and_several_questions():
+    cards = Cards("train", 50, rows=2, columns=3, questions=4)
+    for index in range(50):
+        sample = cards[index]
+        assert sample["image"].size == (192, 128)
+        assert 1 <= len(sample["turns"]) <= 4
+        for turn in sample["turns"]:
+            assert all(x1 <= 192 and y1 <= 128 for _, _, x1, y1 in turn["boxes"])
+    assert len(make_scene(np.random.default_rng(0), "train", 1, 1)) == 1
+
+
+# What a thumbnail shows
+
+
+def crops(split, count, size):
+    """Crops of a quarter of the image's side around `count` cards, at `size` px an image, and the cards in them."""
+    rng, found, shown = np.random.default_rng(SPLITS.index(split)), [], []
+    while len(found) < count:
+        scene = make_scene(rng, split)
+        image = Image.fromarray(render(rng, scene)).resize((size, size), Image.Resampling.LANCZOS)
+        image = np.pad(np.asarray(image, np.float32) / 255, [(size // 8, size // 8)] * 2 + [(0, 0)], mode="edge")
+        for card in scene:
+            x, y = (round((card.box[i] + card.box[i + 2]) / 2 * size / 256) for i in (0, 1))
+            found.append(image[y : y + size // 4, x : x + size // 4])
+            shown.append(card)
+    return np.stack(found[:count]), shown[:count]
+
+
+def ridge_accuracy(train, train_classes, test, test_classes, penalty):
+    """Share of the test rows that ridge regression on one-hot classes gets right."""
+    mean = train.mean(0)
+    train, test = (np.hstack([rows - mean, np.ones((len(rows), 1))]) for rows in (train, test))
+    weights = np.linalg.solve(train.T @ train + penalty * np.eye(train.shape[1]), train.T @ np.eye(8)[train_classes])
+    return float(((test @ weights).argmax(1) == test_classes).mean())
+
+
+def test_a_thumbnail_shows_the_colour_and_not_the_figure():
+    (train, train_cards), (test, test_cards) = crops("train", 1500, 64), crops("test", 500, 64)
+
+    middle = [crop[:, 5:11, 5:11].reshape(len(crop), -1, 3).mean(1) for crop in (train, test)]
+    colours = [np.array([list(COLOURS).index(card.colour) for card in cards]) for cards in (train_cards, test_cards)]
+    centroids = np.stack([middle[0][colours[0] == colour].mean(0) for colour in range(8)])
+    centroids, points = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (centroids, middle[1]))
+    colour = float(((points @ centroids.T).argmax(1) == colours[1]).mean())
+    assert colour > 0.9, f"a nearest-centroid probe names {colour:.1%} of the colours"
+
+    flat = [crop.reshape(len(crop), -1) for crop in (train, test)]
+    figures = [np.array([FIGURES.index(card.figure) for card in cards]) for cards in (train_cards, test_cards)]
+    figure = max(ridge_accuracy(flat[0], figures[0], flat[1], figures[1], penalty) for penalty in (1, 10, 100))
+    assert figure < 0.4, f"a ridge probe names {figure:.1%} of the figures, chance is 12.5%"
+
+
+def test_ten_thousand_samples_a_minute():
+    cards = Cards("train", 1000)
+    seconds = []
+    for start in (0, 200, 400, 600):  # the machine may be busy: once is enough
+        began = time.perf_counter()
+        for index in range(start, start + 200):
+            cards[index]
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] < 1.2:
+            break
+    assert min(seconds) < 1.2, f"200 samples take {min(seconds):.2f} s"
+
+
+# As a data set
+
+
+def test_load_cards_is_the_same_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    loaded, cards = load_cards("test", 12, seed=5), Cards("test", 12, seed=5)
+    assert isinstance(loaded, datasets.Dataset)
+    assert loaded.features == FEATURES
+    assert len(loaded) == 12
+    for index in range(12):
+        assert same(loaded[index], cards[index])
+    assert any(tmp_path.iterdir())
+
+
+def test_unknown_splits_sizes_and_indices_are_refused():
+    with pytest.raises(ValueError, match="split is 'dev': choose from train, validation, test"):
+        Cards("dev", 10)
+    for rows, columns in ((0, 4), (5, 4), (4, 5)):
+        with pytest.raises(ValueError, match=f"{rows} x {columns} tiles.*within 1 and 4"):
+            Cards("train", 10, rows=rows, columns=columns)
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match=f"index {index} is outside of the 10"):
+            Cards("train", 10)[index]

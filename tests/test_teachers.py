@@ -1,0 +1,217 @@
+"""The teachers against plain forwards of the model, and the gradient of the answer through the gates."""
+
+import pytest
+import torch
+
+import training.teachers as teachers
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.selection_qgsa import Prompt, positions_to_keep
+from training.data.collator import QuestionCollator
+from training.teachers import answer_log_likelihood, cheapest_sufficient, tile_utility
+
+
+ONE_TILE = {"min_tiles": 1, "max_tiles": 1, "min_visual_tokens": 32, "max_visual_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def questions(make_image):
+    """Images of 4 x 4, 1 x 4 and 4 x 2 tiles, and answers of different lengths."""
+    return [
+        {"image": make_image(3), "question": "what shape is on the red card?", "answer": "star"},
+        {"image": make_image(4, 256, 64), "question": "where is it?", "answer": "row 1 column 3"},
+        {"image": make_image(5, 64, 128), "question": "is there a red card?", "answer": "no"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def labelled(processor, questions):
+    return QuestionCollator(processor)(questions)
+
+
+def encode(model, batch):
+    """`(glance, features, prompt)` of a batch, every tile encoded."""
+    prompt = Prompt.of(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    with torch.no_grad():
+        glance = model.model.glance_and_point(
+            prompt, batch["pixel_values"], batch.get("pixel_attention_mask"), batch.get("question_mask")
+        )
+        every = torch.ones_like(glance.layout.is_global)
+        features = model.model.look(glance, batch["pixel_values"], batch.get("pixel_attention_mask"), every)
+    return glance, features, prompt
+
+
+def embed(model, glance, features, prompt):
+    with torch.no_grad():
+        every = torch.ones_like(glance.layout.is_global)
+        return model.model.embed(prompt.input_ids, glance.layout, features, every)
+
+
+def variants(layout, prompt, count=12):
+    """Random sets of kept visual tokens: the sample of each, and its kept positions."""
+    rows = torch.randint(len(prompt.input_ids), (count,))
+    keep = [
+        positions_to_keep(prompt.attention_mask, layout, torch.rand(layout.token_positions.shape) < share)[row]
+        for row, share in zip(rows, torch.rand(count))
+    ]
+    return rows, torch.stack(keep)
+
+
+# Log-likelihood of the answer
+
+
+def test_likelihood_is_that_of_a_plain_forward(model, labelled):
+    glance, features, prompt = encode(model, labelled)
+    embeds = embed(model, glance, features, prompt)
+    rows, keep = variants(glance.layout, prompt)
+    with torch.no_grad():
+        scores = answer_log_likelihood(model, rows, keep, embeds, prompt)
+        for row, kept, score in zip(rows, keep, scores):
+            hidden = model.model.text_model(
+                inputs_embeds=embeds[row, kept][None], position_ids=prompt.position_ids[row, kept][None]
+            ).last_hidden_state
+            chances = model.lm_head(hidden)[0].log_softmax(1)
+            ids, labels = prompt.input_ids[row, kept], prompt.labels[row, kept]
+            answer = (labels != -100).nonzero()[:, 0]
+            assert len(answer) >= 2
+            assert score.item() == pytest.approx(chances[answer - 1, ids[answer]].sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks_and_order_do_not_matter(chunk, model, labelled, monkeypatch):
+    glance, features, prompt = encode(model, labelled)
+    embeds = embed(model, glance, features, prompt)
+    rows, keep = variants(glance.layout, prompt)
+    with torch.no_grad():
+        expected = answer_log_likelihood(model, rows, keep, embeds, prompt)
+        monkeypatch.setattr(teachers, "CHUNK", chunk)
+        order = torch.randperm(len(rows))
+        shuffled = answer_log_likelihood(model, rows[order], keep[order], embeds, prompt)
+    assert expected.std() > 0.01
+    assert torch.allclose(shuffled, expected[order], atol=1e-4)
+
+
+# Utility of a tile
+
+
+def test_utility_is_the_likelihood_of_the_model_that_looks_at_this_tile(model, labelled, processor, questions):
+    glance, features, prompt = encode(model, labelled)
+    layout = glance.layout
+    utility = tile_utility(model, layout, features, prompt)
+    assert torch.equal(utility.isinf(), layout.is_global)
+    for tile in (~layout.is_global).nonzero()[:, 0].tolist():
+        row, ordinal = int(layout.tile_sample[tile]), int(layout.tile_ordinal[tile])
+        alone = QuestionCollator(processor)([questions[row]])
+        count = int((layout.tile_sample == row).sum())
+        scores = torch.zeros(count, 16)
+        scores[ordinal] = 1.0
+        with torch.no_grad():
+            outputs = model(**alone, visual_token_scores=scores.flatten()[None], **ONE_TILE)
+        tiles = torch.zeros(count, dtype=torch.bool)
+        tiles[[ordinal, count - 1]] = True
+        assert torch.equal(outputs.selection.kept_tiles[0], tiles)
+        assert torch.equal(outputs.selection.kept_tokens[0], tiles.repeat_interleave(16))
+        tokens = int((alone["labels"] != -100).sum())
+        assert utility[tile].item() == pytest.approx(-tokens * outputs.loss.item(), abs=1e-3)
+
+
+def test_utility_differs_between_tiles_and_carries_no_gradient(model, labelled):
+    glance, features, prompt = encode(model, labelled)
+    utility = tile_utility(model, glance.layout, features, prompt)
+    assert not utility.requires_grad
+    assert utility[:16].std() > 1e-3
+
+
+def test_utility_of_single_tiles_is_nowhere_finite(model, processor, questions):
+    batch = QuestionCollator(processor, image_kwargs={"do_image_splitting": False})(questions)
+    glance, features, prompt = encode(model, batch)
+    assert tile_utility(model, glance.layout, features, prompt).tolist() == [float("-inf")] * 3
+
+
+# The cheapest budget that suffices
+
+
+@pytest.fixture
+def cheapest(model, labelled):
+    """Runs `cheapest_sufficient` on the batch with the selector's own scores."""
+    glance, features, prompt = encode(model, labelled)
+
+    def run(tolerance, **overrides):
+        budget = Budget.of(model.config, **overrides)
+        with torch.no_grad():
+            scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+        return cheapest_sufficient(model, glance, features, scores, prompt, budget, tolerance)
+
+    return run
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
+def test_everything_suffices_at_a_huge_tolerance_and_nothing_at_a_negative_one(selection, cheapest):
+    assert cheapest(1e9, selection=selection).tolist() == [0, 0, 0]
+    assert cheapest(-1e9, selection=selection).tolist() == [1, 1, 1]
+
+
+def test_the_cheapest_rung_is_the_first_that_hard_selection_answers_as_well_with(
+    model, processor, questions, cheapest
+):
+    for tolerance in (0.0, 0.05, 0.2):
+        found = cheapest(tolerance)
+        for question, complexity in zip(questions, found.tolist()):
+            alone = QuestionCollator(processor)([question])
+            with torch.no_grad():
+                tokens = int((alone["labels"] != -100).sum())
+                dense = model(**alone, selection="dense").loss.item()
+                enough = []
+                for rung in torch.linspace(0, 1, 5):
+                    m, k = (int(count) for count in Budget.of(model.config).resolve(rung))
+                    exactly = {"min_tiles": m, "max_tiles": m, "min_visual_tokens": k, "max_visual_tokens": k}
+                    enough.append(tokens * (model(**alone, **exactly).loss.item() - dense) <= tolerance)
+            assert complexity == (enough.index(True) / 4 if any(enough) else 1)
+
+
+def test_a_whole_budget_suffices_at_the_latest(cheapest):
+    whole = {"max_tiles": 16, "max_visual_tokens": 272}
+    found = cheapest(1e-3, **whole)
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_one_number_of_tiles_still_has_two_rungs(cheapest):
+    assert cheapest(1e9, min_tiles=2, max_tiles=2).tolist() == [0, 0, 0]
+    assert cheapest(-1e9, min_tiles=2, max_tiles=2).tolist() == [1, 1, 1]
+
+
+# The gradient of the answer
+
+
+@pytest.mark.parametrize(
+    "name", ["relevance.weight", "tile_key.weight", "glance_key.weight", "query.weight", "question_projection.weight"]
+)
+def test_the_answer_loss_has_its_gradient_in_the_selector(name, make_model, labelled):
+    model = make_model(max_visual_tokens=24).double().train()
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in labelled.items()}
+    weight = model.model.selector.get_parameter(name)
+
+    def loss():
+        torch.manual_seed(3)  # the noise of the gates
+        return model(**batch, gumbel_temperature=2.0).loss
+
+    loss().backward()
+    gradient = weight.grad.clone()
+    direction = gradient / gradient.norm()
+    step, losses = 3e-3 / max(1.0, float(gradient.norm())), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(sign * step * direction)
+            losses.append(loss().item())
+            weight.sub_(sign * step * direction)
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert gradient.norm() > 1e-5
+    assert slope == pytest.approx(gradient.norm().item(), rel=0.1)
+
+
+def test_the_noise_of_the_gates_is_torchs(make_model, labelled):
+    model = make_model().train()
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(model(**labelled).loss.item())
+    assert losses[0] == losses[1] != losses[2]

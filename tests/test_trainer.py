@@ -1,0 +1,212 @@
+"""The trainer: what it changes and what it leaves, what it refuses, and that a stopped run goes on as if unbroken."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from training.data.cards import Cards
+from training.data.collator import QuestionCollator
+from training.tasks import add_adapters
+from training.trainer import QGSATrainer, QGSATrainingArguments
+
+
+# peft asks models by a name that transformers gave up.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+OWN = ("selector.", "complexity_estimator.")
+
+
+class Stop(TrainerCallback):
+    """Stops a run after some steps, as if it had been broken off behind a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+@pytest.fixture
+def make_trainer(make_model, processor, tmp_path):
+    """Makes a trainer of a fresh model, the same one every time, on questions of cards."""
+
+    def make(folder="run", rank=4, collate=None, callbacks=(), fields=None, **arguments):
+        model = make_model(**({"min_tiles": 0, "max_tiles": 3, "max_visual_tokens": 32} | (fields or {})))
+        torch.manual_seed(5)
+        arguments = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+        } | arguments
+        return QGSATrainer(
+            model=add_adapters(model, rank),
+            args=QGSATrainingArguments(
+                output_dir=str(tmp_path / folder),
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                **arguments,
+            ),
+            train_dataset=Cards("train", 16),
+            data_collator=collate or QuestionCollator(processor),
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+def weights_of(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def is_own(name):
+    """Whether a weight of a model with adapters is one that is to be trained."""
+    return "lora_" in name or "modules_to_save" in name
+
+
+# Steps
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
+def test_steps_have_finite_losses_and_change_selector_estimator_and_adapters_only(selection, make_trainer):
+    trainer = make_trainer(max_steps=3, fields={"selection": selection})
+    before = weights_of(trainer.model)
+    result = trainer.train()
+    assert result.global_step == 3
+    assert torch.isfinite(torch.tensor(result.training_loss))
+    after = weights_of(trainer.model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if is_own(name)} - changed <= {
+        name
+        for name in before
+        if name.endswith("relevance.bias")  # shifts all cells alike, which changes nothing
+    }
+    assert {name for name in changed if not is_own(name)} == set()
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    for part in ("lora_A", "lora_B", *OWN):
+        assert any(part in name for name in changed), part
+
+
+def test_without_adapters_selector_and_estimator_change_only(make_trainer):
+    trainer = make_trainer(rank=0)
+    before = weights_of(trainer.model)
+    trainer.train()
+    changed = {name for name, weight in weights_of(trainer.model).items() if not torch.equal(before[name], weight)}
+    assert changed and all(name.startswith(("model.selector.", "model.complexity_estimator.")) for name in changed)
+
+
+def test_merged_adapters_keep_the_dense_weights_but_for_attention(make_trainer, make_model):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    merged, fresh = trainer.model.merge_and_unload(), make_model()
+    assert set(merged.state_dict()) == set(fresh.state_dict())
+    differs = {
+        name for name, weight in merged.state_dict().items() if not torch.equal(fresh.state_dict()[name], weight)
+    }
+    assert "model.selector.relevance.weight" in differs
+    assert "model.complexity_estimator.network.0.weight" in differs
+    assert "model.text_model.layers.0.self_attn.q_proj.weight" in differs
+    for name in differs:
+        assert any(part in name for part in (*OWN, "text_model.layers.0.self_attn", "text_model.layers.1.self_attn"))
+
+
+def test_every_loss_is_logged_with_its_weight(make_trainer):
+    trainer = make_trainer(max_steps=1, utility_weight=0.0, complexity_start=0.0)
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert {"answer_loss", "complexity_loss", "visual_tokens", "tiles"} <= logged
+    assert "utility_loss" not in logged
+    trainer = make_trainer(max_steps=1, complexity_weight=0.0)
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert "utility_loss" in logged and "complexity_loss" not in logged
+
+
+def test_a_step_lowers_the_losses_of_its_own_batch(make_trainer):
+    trainer = make_trainer(
+        max_steps=30,
+        learning_rate=3e-3,
+        train_sampling_strategy="sequential",
+        answer_weight=0.0,
+        lr_scheduler_type="constant",
+    )
+    trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, [0, 1])
+    trainer.train()
+    losses = [entry["utility_loss"] for entry in trainer.state.log_history if "utility_loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_temperature_falls_geometrically(make_trainer):
+    trainer = make_trainer(start_temperature=2.0, end_temperature=0.02)
+    temperatures = []
+    for step in (0, 50, 100):
+        trainer.state = SimpleNamespace(global_step=step, max_steps=100)
+        temperatures.append(trainer.temperature())
+    assert temperatures == pytest.approx([2.0, 0.2, 0.02])
+
+
+def test_the_model_gets_the_temperature_of_its_step(make_trainer):
+    trainer = make_trainer(max_steps=2, start_temperature=1.0, end_temperature=0.25)
+    given = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["gumbel_temperature"]), with_kwargs=True
+    )
+    trainer.train()
+    assert given == pytest.approx([1.0, 0.5])
+
+
+# What is refused
+
+
+def test_dense_has_no_selection_to_train(make_trainer):
+    with pytest.raises(ValueError, match='selection is "dense"'):
+        make_trainer(fields={"selection": "dense"})
+
+
+def test_pixels_that_are_not_numbers_end_the_run_with_an_error(make_trainer, processor):
+    collate = QuestionCollator(processor)
+
+    def damaged(samples):
+        inputs = collate(samples)
+        inputs["pixel_values"][0, 0] = float("nan")
+        return inputs
+
+    with pytest.raises(ValueError, match="sample 0: pixel_values holds NaN"):
+        make_trainer(collate=damaged).train()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_an_error(make_trainer):
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[0] = float("nan")
+    with pytest.raises(ValueError, match="the loss is nan at step 0.*answer_loss"):
+        trainer.train()
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_stopped_run_goes_on_as_if_unbroken(rank, make_trainer, tmp_path):
+    save = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rank": rank, "lr_scheduler_type": "cosine"}
+    unbroken = make_trainer("unbroken", **save)
+    unbroken.train()
+    stopped = make_trainer("stopped", callbacks=[Stop(2)], **save)
+    stopped.train()
+    assert stopped.state.global_step == 2
+    resumed = make_trainer("stopped", **save)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    expected, weights = weights_of(unbroken.model), weights_of(resumed.model)
+    assert set(expected) == set(weights)
+    for name in expected:
+        assert torch.equal(expected[name], weights[name]), name
+    halfway = weights_of(stopped.model)
+    assert not all(torch.equal(expected[name], halfway[name]) for name in expected)
