@@ -45,6 +45,7 @@ class QGSATrainer(Trainer):
         if model.config.selection == "dense":
             raise ValueError('selection is "dense": the trainer has no selection to train')
         super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
 
     def progress(self) -> float:
         """Share of the steps that are done, 0 to 1."""
@@ -62,26 +63,21 @@ class QGSATrainer(Trainer):
         losses = {"answer_loss": self.args.answer_weight * outputs.loss}
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
-        losses |= self.selection_losses(base, inputs, outputs)
+        glance, features = outputs.glance, outputs.image_hidden_states
+        losses |= self.selection_losses(base, inputs, glance, features)
         loss = sum(losses.values())
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
         if self.state.global_step % self.args.logging_steps == 0:
-            selection = outputs.selection
-            self.log(
-                {name: round(value.item(), 4) for name, value in losses.items()}
-                | {
-                    "visual_tokens": round(selection.visual_tokens.float().mean().item(), 2),
-                    "tiles": round(selection.tiles.float().mean().item(), 2),
-                }
-            )
+            tiles, tokens = Budget.of(base.config).resolve(glance.complexity.detach())
+            budget = {"tiles": tiles.float().mean().item(), "visual_tokens": tokens.float().mean().item()}
+            self.log({name: round(float(value), 4) for name, value in (losses | budget).items()})
         return (loss, outputs) if return_outputs else loss
 
-    def selection_losses(self, model, inputs, outputs) -> dict[str, torch.Tensor]:
-        """The teachers' losses of a batch, by name; `outputs` are those of the relaxed forward."""
-        args, losses, glance = self.args, {}, outputs.glance
+    def selection_losses(self, model, inputs, glance, features) -> dict[str, torch.Tensor]:
+        """The teachers' losses of a batch, by name; `features` `(T, P, D)` are those of every tile."""
+        args, losses = self.args, {}
         prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
-        features = outputs.image_hidden_states
         if args.utility_weight:
             utility = tile_utility(model, glance.layout, features, prompt)
             mass = tile_relevance(glance.relevance.exp(), glance.layout)
