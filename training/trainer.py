@@ -70,8 +70,8 @@ class QGSATrainer(Trainer):
             raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
         if self.state.global_step % self.args.logging_steps == 0:
             tiles, tokens = Budget.of(base.config).resolve(glance.complexity.detach())
-            budget = {"tiles": tiles.float().mean().item(), "visual_tokens": tokens.float().mean().item()}
-            self.log({name: round(float(value), 4) for name, value in (losses | budget).items()})
+            budget = {"tiles": tiles.float().mean(), "visual_tokens": tokens.float().mean()}
+            self.log({name: round(value.item(), 4) for name, value in (losses | budget).items()})
         return (loss, outputs) if return_outputs else loss
 
     def selection_losses(self, model, inputs, glance, features) -> dict[str, torch.Tensor]:
