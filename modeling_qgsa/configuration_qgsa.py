@@ -42,7 +42,7 @@ class QGSAConfig(SmolVLMConfig):
         selector_heads (`int`, defaults to 4): attention heads of each.
         max_question_tokens (`int`, defaults to 128): the selector reads the last so many tokens of a question.
         gumbel_temperature (`float`, defaults to 1.0): temperature of the relaxed selection in training.
-        global_image_token_id, fake_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the
+        global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the
             defaults are those of the published SmolVLM tokenizers.
         tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in all.
 
@@ -63,7 +63,6 @@ class QGSAConfig(SmolVLMConfig):
     gumbel_temperature: float | int = 1.0
     image_token_id: int = 49190
     global_image_token_id: int = 49152
-    fake_image_token_id: int = 49189
     end_of_utterance_token_id: int = 49279
     tile_token_ids: list[int] = field(default_factory=lambda: list(range(49153, 49189)))
 
@@ -158,7 +157,6 @@ def marker_ids(tokenizer) -> dict:
     return {
         "image_token_id": known["<image>"],
         "global_image_token_id": known["<global-img>"],
-        "fake_image_token_id": known["<fake_token_around_image>"],
         "end_of_utterance_token_id": known["<end_of_utterance>"],
         "tile_token_ids": [known[name] for name in tiles],
     }

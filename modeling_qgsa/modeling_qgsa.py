@@ -26,8 +26,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_qgsa import Budget, QGSAConfig, check_architecture, marker_ids, pop_budget
 from .selection_qgsa import (
+    Glance,
     Prompt,
     QGSASelection,
+    SelectedInputs,
     VisualLayout,
     check_pixels,
     describe_selection,
@@ -54,7 +56,7 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
     """
 
     selection: QGSASelection | None = None
-    glance: "Glance | None" = None
+    glance: Glance | None = None
 
 
 @dataclass
@@ -65,30 +67,7 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     """
 
     selection: QGSASelection | None = None
-    glance: "Glance | None" = None
-
-
-@dataclass(frozen=True)
-class Glance:
-    """What is known of a batch before any tile is encoded: the layout, the global views, and what they point at."""
-
-    layout: VisualLayout
-    features: torch.Tensor  # (I, P, D) of the global views
-    relevance: torch.Tensor  # (I, C) log-probabilities of the cells
-    question_state: torch.Tensor  # (I, hidden)
-    complexity: torch.Tensor  # (I,)
-
-
-@dataclass(frozen=True)
-class SelectedInputs:
-    """What the text model gets: the kept embeddings, their mask and original positions; and the selection made."""
-
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.LongTensor
-    selection: QGSASelection
-    glance: Glance
-    features: torch.Tensor  # (n, P, D) of the encoded tiles
+    glance: Glance | None = None
 
 
 class QGSASmolVLMModel(SmolVLMModel):
@@ -270,10 +249,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         selection: str | None = None,
         **kwargs,
     ) -> QGSABaseModelOutputWithPast:
-        """SmolVLM's forward over what the question selects.
-
-        Arguments as in [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector.
-        """
+        """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector here."""
         budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
         if pixel_values is None or inputs_embeds is not None or budget.selection == "dense":
             outputs = super().forward(

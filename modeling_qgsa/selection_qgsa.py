@@ -103,6 +103,29 @@ class VisualLayout:
         return torch.arange(len(self.tile_image), device=self.tile_image.device) - first[self.tile_image]
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What is known of a batch before any tile is encoded: the layout, the global views, and what they point at."""
+
+    layout: VisualLayout
+    features: torch.Tensor  # (I, P, D) of the global views
+    relevance: torch.Tensor  # (I, C) log-probabilities of the cells
+    question_state: torch.Tensor  # (I, hidden)
+    complexity: torch.Tensor  # (I,)
+
+
+@dataclass(frozen=True)
+class SelectedInputs:
+    """What the text model gets: the kept embeddings, their mask and original positions; and the selection made."""
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.LongTensor
+    selection: QGSASelection
+    glance: Glance
+    features: torch.Tensor  # (n, P, D) of the encoded tiles
+
+
 def read_layout(
     input_ids: torch.LongTensor,
     tokens_per_tile: int,

@@ -180,7 +180,7 @@ def test_the_blank_image_replaces_the_image_and_nothing_else(model, processor, q
 def test_answers_are_those_of_generate_whatever_the_batch(model, processor, questions, collate):
     system = System("qgsa", model)
     answers = answer(system, questions, processor, batch_size=3, max_new_tokens=4)
-    for name in ("predictions", "visual_tokens", "tiles", "pointed", "complexity", "seconds"):
+    for name in ("predictions", "visual_tokens", "tiles", "pointed", "seconds"):
         assert len(getattr(answers, name)) == 8
     for index in range(8):
         inputs = collate([questions[index]])
@@ -225,7 +225,6 @@ def test_a_row_by_hand():
         visual_tokens=[10, 20, 30, 40],
         tiles=[0, 1, 2, 3],
         pointed=[True, False, None, True],
-        complexity=[0.5] * 4,
         seconds=[0.1, 0.2, 0.3, 0.9],
     )
     right, dense = np.array([1.0, 0, 1, 1]), np.array([1.0, 1, 0, 0])

@@ -61,7 +61,6 @@ class Answers:
     visual_tokens: list[int] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
     pointed: list[bool | None] = field(default_factory=list)
-    complexity: list[float | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -98,7 +97,6 @@ def answer(system: System, dataset, processor, batch_size: int, max_new_tokens: 
         if "selection" in output:
             answers.visual_tokens += output.selection.visual_tokens.tolist()
             answers.tiles += output.selection.tiles.tolist()
-            answers.complexity += output.selection.complexity.tolist()
             answers.pointed += [
                 None if system.scores else points_into(output.selection.relevance[row], sample)
                 for row, sample in enumerate(samples)
@@ -106,7 +104,6 @@ def answer(system: System, dataset, processor, batch_size: int, max_new_tokens: 
         else:
             answers.visual_tokens += (counts * layout.tokens_per_tile).tolist()
             answers.tiles += (counts - 1).tolist()
-            answers.complexity += [None] * len(samples)
             answers.pointed += [None] * len(samples)
     return answers
 

@@ -1,6 +1,5 @@
 """The two tasks of `run_qgsa.py`: train the tiny dense model; train, evaluate and report question-guided selection."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -25,8 +24,6 @@ from training.report import (
 from training.tiny import build_model, build_processor
 from training.trainer import QGSATrainer
 
-
-logger = logging.getLogger(__name__)
 
 LORA_TARGETS = r".*text_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
 SMOKE_QUESTIONS = 2  # with random weights the accuracies say nothing: as many questions as show that the path works

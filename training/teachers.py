@@ -7,8 +7,7 @@ tiles at hand it costs one short pass of the text model a tile, and it is exact.
 import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.modeling_qgsa import Glance
-from modeling_qgsa.selection_qgsa import Prompt, VisualLayout, positions_to_keep, splice
+from modeling_qgsa.selection_qgsa import Glance, Prompt, VisualLayout, positions_to_keep, splice
 
 
 CHUNK = 64  # variants of a prompt scored at once
