@@ -92,7 +92,12 @@ class ComplexityEstimator(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(2 * hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
+        self.network = nn.Sequential(
+            nn.LayerNorm(2 * hidden_size),
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, 1),
+        )
 
     def forward(self, question_state: torch.Tensor, glance_state: torch.Tensor) -> torch.Tensor:
         """Map two `(I, hidden_size)` to the complexity, `(I,)` float32."""

@@ -19,7 +19,7 @@ def turns(make_image):
             "image": make_image(1, 256, 64),
             "turns": [
                 {"question": "where is the blue card?", "answer": "row 2 column 3"},
-                {"question": "is there a moon on the pink card?", "answer": "no"},
+                {"question": "does the pink card show a moon?", "answer": "no"},
             ],
         },
         {"image": make_image(2, 64, 128), "question": "how many cards are there?", "answer": "four"},
@@ -78,7 +78,7 @@ def test_asking_is_padded_on_the_left_and_ends_where_the_answer_begins(asking, t
 
 
 def test_the_question_is_marked_and_no_answer_is(training, tokenizer):
-    questions = ["what shape is on the red card?", "is there a moon on the pink card?", "how many cards are there?"]
+    questions = ["what shape is on the red card?", "does the pink card show a moon?", "how many cards are there?"]
     for row, question in enumerate(questions):
         mask = training["question_mask"][row].bool()
         assert question in tokenizer.decode(training["input_ids"][row][mask])

@@ -1,4 +1,4 @@
-"""Training of the tiny dense model: its curriculum, its conversations, and both of its stages in a few steps."""
+"""Training of the tiny dense model: its stages, tower, words, and all of its steps in a few batches."""
 
 from types import SimpleNamespace
 
@@ -7,109 +7,137 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from training.data.cards import COLOURS, FIGURES, SPLITS, Cards, make_scene, place
+from training.data.cards import COLOURS, FIGURES, make_scene
+from training.data.lessons import Lessons, WordCollator
 from training.dense import (
-    Conversations,
-    CurriculumCollator,
-    Stage,
+    NOISE,
     Tiles,
+    Tower,
+    WordTrainer,
     exact_match_by_family,
-    parse_curriculum,
+    parse_stages,
     train_dense,
 )
 
 
-# Curriculum
+# Stages
 
 
 def test_stages_are_read_in_order_and_rounded_to_whole_batches():
-    assert parse_curriculum("2x2:100:0.5 4x3:96:0", 48) == [Stage(2, 2, 96, 0.5), Stage(4, 3, 96, 0.0)]
-    assert parse_curriculum("1x1:7:1", 7) == [Stage(1, 1, 7, 1.0)]
+    assert parse_stages("2x2:100 2x2,4x3:96", 48) == [([(2, 2)], 96), ([(2, 2), (4, 3)], 96)]
+    assert parse_stages("1x1:7", 7) == [([(1, 1)], 7)]
 
 
-@pytest.mark.parametrize(
-    "stage", ["4x4", "4x4:48", "4:48:0.2", "4x4x4:48:0.2", "4x4:many:0.2", "4x4:48:0.2:1", "axb:48:1"]
-)
+@pytest.mark.parametrize("stage", ["4x4", "4:48", "4x4x4:48", "4x4:many", "4x4:48:1", "axb:48", "4x4,:48"])
 def test_stages_that_cannot_be_read_are_refused_by_name(stage):
     with pytest.raises(ValueError, match=f"cannot read the stage '{stage}'"):
-        parse_curriculum(f"2x2:48:0.5 {stage}", 48)
+        parse_stages(f"2x2:48 {stage}", 48)
 
 
 def test_a_stage_below_one_batch_is_refused():
-    with pytest.raises(ValueError, match="'4x4:47:0.2' is smaller than one batch of 48"):
-        parse_curriculum("4x4:47:0.2", 48)
+    with pytest.raises(ValueError, match="'4x4:47' is smaller than one batch of 48"):
+        parse_stages("4x4:47", 48)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (2, 3), (4, 4)])
-def test_a_canvas_keeps_its_size(rows, columns, processor):
-    stage = Stage(rows, columns, 4, 0.5)
-    samples = [Conversations(stage, 0)[index] for index in range(2)]
-    inputs = CurriculumCollator(processor)(samples)
-    tiles = 1 if rows == columns == 1 else rows * columns + 1
-    assert inputs["pixel_values"].shape == (2, tiles, 3, 64, 64)
+# Words
 
 
-# Conversations
+def arguments(tmp_path, **changes):
+    return TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=50,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        **{"save_strategy": "no", "logging_steps": 1, **changes},
+    )
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (4, 4)])
-def test_no_question_is_asked_twice_in_a_sample(rows, columns):
-    conversations = Conversations(Stage(rows, columns, 300, 0.0), seed=0)
-    lengths = set()
-    for index in range(300):
-        questions = [turn["question"] for turn in conversations[index]["turns"]]
-        assert len(set(questions)) == len(questions)
-        lengths.add(len(questions))
-    assert lengths == {1, 2, 3, 4}
+def test_words_stand_where_visual_tokens_would(make_dense, processor, tmp_path, monkeypatch):
+    model = make_dense("idefics3")
+    inputs = WordCollator(processor)([Lessons("train", 2, 0, [(2, 2)], 2, drawn=False)[0]])
+    seen = {}
 
+    def forward(inputs_embeds, labels, **kwargs):
+        seen.update(embeddings=inputs_embeds, **kwargs)
+        return {"loss": inputs_embeds.sum()}
 
-def test_descriptions_name_every_card():
-    conversations, asked = Conversations(Stage(4, 4, 200, 1.0), seed=3), set()
-    for index in range(200):
-        rng = np.random.default_rng((3, SPLITS.index("train"), 4, 4, index))
-        scene = make_scene(rng, "train")
-        (turn,) = conversations[index]["turns"]
-        facts = {
-            "what is on the cards?": {f"{card.colour} {card.figure}" for card in scene},
-            "which colours are the shapes?": {f"{card.figure} {card.colour}" for card in scene},
-            "where are the cards?": {f"{card.colour} {place(card)}" for card in scene},
-            "where are the shapes?": {f"{card.figure} {place(card)}" for card in scene},
-        }
-        named = turn["answer"].split(", ")
-        assert len(named) == len(scene)
-        assert set(named) == facts[turn["question"]]
-        asked.add(turn["question"])
-    assert len(asked) == 4
-
-
-def test_the_share_of_descriptions_is_that_of_the_stage():
-    conversations = Conversations(Stage(2, 2, 400, 0.3), seed=0)
-    descriptions = {question for question, _ in Conversations.DESCRIPTIONS}
-    described = [conversations[index]["turns"][0]["question"] in descriptions for index in range(400)]
-    assert np.mean(described) == pytest.approx(0.3, abs=0.07)
-
-
-def test_stages_draw_from_the_training_layouts():
-    conversations, cards = Conversations(Stage(4, 4, 5, 0.0), seed=2), Cards("train", 5, seed=2)
-    assert conversations.split == "train"
-    assert len(conversations) == len(cards) == 5
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    WordTrainer(model, arguments(tmp_path)).compute_loss(model, dict(inputs))
+    table, words = model.get_input_embeddings().weight, inputs["words"]
+    visual = seen["embeddings"][inputs["input_ids"] == processor.image_token_id]
+    assert len(visual) == len(words)
+    for vector, facts in zip(visual, words.tolist()):
+        expected = sum((table[word] for word in facts if word >= 0), torch.zeros_like(vector))
+        torch.testing.assert_close(vector, expected)
+    text = inputs["input_ids"] != processor.image_token_id
+    assert torch.equal(seen["embeddings"][text], table[inputs["input_ids"][text]])
+    assert torch.equal(seen["attention_mask"], inputs["attention_mask"])
+    assert 0 < NOISE < 1
 
 
 # Tower
 
 
-def test_tiles_hold_one_card_and_say_what_it_is():
-    tiles = Tiles("train", 50, seed=0)
+def test_tiles_say_what_is_on_them():
+    tiles = Tiles("train", 50, seed=0, kinds=(1, 0, 0))
     for index in range(50):
         tile = tiles[index]
         assert tile["pixel_values"].shape == (3, 64, 64)
+        assert tile["pixel_values"].dtype == tile["labels"].dtype == torch.float32
         assert tile["pixel_values"].min() >= -1 and tile["pixel_values"].max() <= 1
-        colour, figure = tile["labels"].tolist()
         rng = np.random.default_rng((0, 0, index))
+        rng.choice(3, p=(1, 0, 0))
         (card,) = make_scene(rng, "train", 1, 1)
-        assert (list(COLOURS)[colour], FIGURES[figure]) == (card.colour, card.figure)
-    assert torch.equal(tiles[3]["pixel_values"], Tiles("train", 50, seed=0)[3]["pixel_values"])
-    assert not torch.equal(tiles[3]["pixel_values"], Tiles("validation", 50, seed=0)[3]["pixel_values"])
+        expected = [name in (card.colour, card.figure) for name in (*COLOURS, *FIGURES)]
+        assert tile["labels"].tolist() == expected
+    assert torch.equal(tiles[3]["pixel_values"], Tiles("train", 50, 0, (1, 0, 0))[3]["pixel_values"])
+    assert not torch.equal(tiles[3]["pixel_values"], Tiles("validation", 50, 0, (1, 0, 0))[3]["pixel_values"])
+
+
+def test_empty_tiles_and_thumbnails_tell_no_figure():
+    empty = Tiles("train", 5, seed=0, kinds=(0, 1, 0))[0]["labels"]
+    assert torch.equal(empty, torch.full((16,), 1 / 8))
+    several = set()
+    for index in range(20):
+        colours, figures = Tiles("train", 20, seed=0, kinds=(0, 0, 1))[index]["labels"].split(8)
+        assert torch.equal(figures, torch.full((8,), 1 / 8))
+        assert colours.sum() == pytest.approx(1)
+        several.add(int((colours > 0).sum()))
+        assert colours[colours > 0].unique().numel() == 1
+    assert several <= set(range(2, 8)) and len(several) > 3
+
+
+def test_the_tower_is_right_where_its_tokens_are_the_words(make_dense, monkeypatch):
+    model = make_dense("idefics3")
+    words = list(range(10, 26))
+    tower = Tower(model, words)
+    shown = model.get_input_embeddings().weight.detach()[[words[2], words[8 + 5]]].sum(0)
+    monkeypatch.setattr(tower.connector, "forward", lambda hidden: shown.expand(1, 16, -1))
+    labels = torch.zeros(1, 16)
+    labels[0, 2] = labels[0, 8 + 5] = 1
+    right = tower(torch.zeros(1, 3, 64, 64), labels)
+    assert right["logits"][0, :8].argmax() == 2 and right["logits"][0, 8:].argmax() == 5
+    assert right["loss"] < tower(torch.zeros(1, 3, 64, 64), labels.roll(1))["loss"]
+    assert not tower.names.requires_grad
+
+
+def test_tokens_are_made_as_long_as_words(make_dense):
+    model = make_dense("idefics3")
+    tower, pixels = Tower(model, list(range(10, 26))), torch.randn(3, 3, 64, 64)
+    before = tower.tokens(pixels)
+    tower.rescale(pixels)
+    after = tower.tokens(pixels)
+    words = model.get_input_embeddings().weight[10:26].norm(dim=1).mean()
+    assert after.norm(dim=-1).mean() == pytest.approx(float(words) * 2**0.5, rel=1e-4)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(after, dim=-1), torch.nn.functional.normalize(before, dim=-1)
+    )
 
 
 # Training
@@ -124,25 +152,11 @@ def test_exact_match_needs_every_token_of_the_answer():
     assert scores == {"exact_match": pytest.approx(2 / 3), "open": 0.5, "find": 1.0}
 
 
-def test_a_few_steps_of_both_stages(make_dense, processor, tmp_path, capsys):
+def test_a_few_steps_of_all_three(make_dense, processor, tmp_path, capsys):
     model = make_dense("idefics3")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=50,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="no",
-        logging_steps=1,
-    )
-    trained = train_dense(model, processor, args, "1x1:2:1 2x2:2:0", tower_samples=64, validation_size=4)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
+    trained = train_dense(model, processor, args, "2x2:2", 64, "2x2:2 4x4:2", validation_size=4)
     assert "names the figure on" in capsys.readouterr().out
     after = dict(trained.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -150,3 +164,27 @@ def test_a_few_steps_of_both_stages(make_dense, processor, tmp_path, capsys):
         assert any(part in name for name in changed), part
     assert not any(weight.requires_grad for weight in trained.model.vision_model.parameters())
     assert all(torch.isfinite(weight).all() for weight in after.values())
+
+
+def test_a_stopped_run_goes_on_where_it_was(make_dense, processor, tmp_path):
+    """Steps that were finished are loaded, not trained again; the result is that of the unbroken run."""
+
+    def run(folder, pictures):
+        torch.manual_seed(0)
+        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1, max_steps=pictures, seed=3)
+        last = sorted((tmp_path / folder).glob("checkpoint-*"))
+        args.resume_from_checkpoint = str(last[-1]) if last else None
+        return train_dense(make_dense("idefics3"), processor, args, "2x2:4", 128, "2x2:4", validation_size=4)
+
+    unbroken = run("unbroken", 2)
+    words = tmp_path / "broken" / "words"
+    run("broken", 2)
+    for checkpoint in (tmp_path / "broken").glob("checkpoint-*"):
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    stamps = {path: path.stat().st_mtime_ns for path in words.rglob("*.safetensors")}
+    resumed = run("broken", 2)
+    assert stamps == {path: path.stat().st_mtime_ns for path in words.rglob("*.safetensors")}
+    for name, weight in unbroken.named_parameters():
+        torch.testing.assert_close(dict(resumed.named_parameters())[name], weight, msg=name)

@@ -1,159 +1,163 @@
-"""Training the tiny dense SmolVLM on cards.
+"""Training the tiny dense SmolVLM on cards, in three steps, as the real ones are made.
 
-First the vision tower learns to tell what is on single tiles, from captions ("red star"), as the towers of real models
-are trained before they meet a language model. Then the language model learns to answer, the tower held fixed, on a
-curriculum of canvases: binding a colour to the figure beside it is not learnt from 17 tiles at once.
+1. The language model learns to answer from words: in the place of pictures it reads what they show.
+2. The vision tower learns to name what is on single tiles and thumbnails, from captions, in the words of that language
+   model: its visual tokens are drawn to the embeddings of what they show.
+3. Tower and language model are joined on pictures, the tower held fixed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from training.data.cards import COLOURS, FIGURES, SPLITS, Cards, make_scene, place, render
+from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, render
 from training.data.collator import QuestionCollator
+from training.data.lessons import LessonCollator, Lessons, WordCollator
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the curriculum: `samples` images of `rows` x `columns` tiles, the share `described` of them."""
-
-    rows: int
-    columns: int
-    samples: int
-    described: float
-
-    @property
-    def image_kwargs(self) -> dict:
-        """Image processor options that keep the canvas at its size: a tile of it is a tile of the model."""
-        return {"size": {"longest_edge": 64 * max(self.rows, self.columns)}}
+NOISE = 0.5  # of what stands in for visual tokens, in standard deviations of the embeddings
+NAME_LENGTH = 0.6  # of a row of the tower's classifier: about that of a fresh linear layer
 
 
-def parse_curriculum(text: str, batch_size: int) -> list[Stage]:
-    """Read stages from `"2x2:38400:0.5 4x4:48000:0.2"`: rows x columns : samples : share that is described.
+def parse_stages(text: str, batch_size: int) -> list[tuple[list[tuple[int, int]], int]]:
+    """Read `"2x2:9600 2x2,4x4:19200"`: the canvases of a stage, in tiles, and its number of lessons.
 
-    Samples are rounded down to whole batches. Raises ValueError where a stage cannot be read or holds less than one.
+    Numbers are rounded down to whole batches. Raises ValueError where a stage cannot be read or holds less than one.
     """
     stages = []
     for part in text.split():
         try:
-            canvas, samples, described = part.split(":")
-            rows, columns = (int(side) for side in canvas.split("x"))
-            stages.append(Stage(rows, columns, int(samples) // batch_size * batch_size, float(described)))
+            canvases, lessons = part.split(":")
+            grids = [tuple(int(side) for side in canvas.split("x")) for canvas in canvases.split(",")]
+            stages.append((grids, int(lessons) // batch_size * batch_size))
+            if any(len(grid) != 2 for grid in grids):
+                raise ValueError(part)
         except ValueError as error:
-            raise ValueError(f"curriculum: cannot read the stage {part!r}, write it like 4x4:48000:0.2") from error
-        if stages[-1].samples == 0:
-            raise ValueError(f"curriculum: the stage {part!r} is smaller than one batch of {batch_size}")
+            raise ValueError(f"cannot read the stage {part!r}, write it like 2x2,4x4:9600") from error
+        if stages[-1][1] == 0:
+            raise ValueError(f"the stage {part!r} is smaller than one batch of {batch_size}")
     return stages
 
 
-class Tower(torch.nn.Module):
-    """The vision tower and connector under a mean-pooled classifier of what a tile's caption says."""
+def lessons_of(stages: str, args, seed: int, drawn: bool) -> torch.utils.data.ConcatDataset:
+    """The lessons of all `stages` (see `parse_stages`), from `seed` on a seed each, so that none come twice."""
+    batch = args.train_batch_size
+    parts = parse_stages(stages, batch)
+    return torch.utils.data.ConcatDataset(
+        [Lessons("train", size, seed + n, grids, batch, drawn) for n, (grids, size) in enumerate(parts)]
+    )
 
-    def __init__(self, model):
+
+class WordTrainer(Trainer):
+    """Trains the language model with the embeddings of words, and noise, in the place of visual tokens."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        inputs = dict(inputs)
+        words, input_ids = inputs.pop("words"), inputs.pop("input_ids")
+        embedding = model.get_input_embeddings()
+        shown = (embedding(words.clamp(min=0)) * (words >= 0)[..., None]).sum(1)
+        shown = shown + NOISE * embedding.weight.detach().std() * torch.randn_like(shown)
+        places = (input_ids == model.config.image_token_id)[..., None]
+        inputs["inputs_embeds"] = embedding(input_ids).masked_scatter(places, shown)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+class Tower(torch.nn.Module):
+    """The vision tower and connector, naming what a tile shows by the mean of its visual tokens.
+
+    The classifier is fixed: the language model's own embeddings of the words for colours and figures.
+    """
+
+    def __init__(self, model, words: list[int]):
         super().__init__()
         self.vision_model, self.connector = model.model.vision_model, model.model.connector
-        self.classifier = torch.nn.Linear(model.config.text_config.hidden_size, len(COLOURS) + len(FIGURES))
+        embeddings = model.get_input_embeddings().weight[words].detach()
+        self.length = float(embeddings.norm(dim=1).mean()) * 2**0.5  # of the sum of a colour and a figure
+        self.register_buffer("names", NAME_LENGTH * torch.nn.functional.normalize(embeddings))
 
-    def forward(self, pixel_values, labels):
-        """Loss and logits, `(B, 16)`, of single tiles `(B, 3, H, W)` with the colour and figure `(B, 2)` on them."""
+    def tokens(self, pixel_values):
+        """Visual tokens of tiles `(B, 3, H, W)`: `(B, P, D)`."""
         side = self.vision_model.config.image_size // self.vision_model.config.patch_size
         patches = torch.ones(len(pixel_values), side, side, dtype=torch.bool, device=pixel_values.device)
-        hidden = self.vision_model(pixel_values=pixel_values, patch_attention_mask=patches).last_hidden_state
-        logits = self.classifier(self.connector(hidden).mean(1))
-        colour, figure = logits.split([len(COLOURS), len(FIGURES)], dim=1)
-        loss = cross_entropy(colour, labels[:, 0]) + cross_entropy(figure, labels[:, 1])
-        return {"loss": loss, "logits": logits}
+        return self.connector(self.vision_model(pixel_values, patch_attention_mask=patches).last_hidden_state)
+
+    @torch.no_grad()
+    def rescale(self, pixel_values):
+        """Scale the connector so that the tokens of these tiles are as long as the words that they stand for."""
+        self.connector.modality_projection.proj.weight.mul_(
+            self.length / self.tokens(pixel_values).norm(dim=-1).mean()
+        )
+
+    def forward(self, pixel_values, labels):
+        """Loss and logits, `(B, 16)`, of tiles `(B, 3, H, W)` for the shares `(B, 16)` of colours and figures."""
+        logits = self.tokens(pixel_values).mean(1) @ self.names.T
+        parts = zip(
+            logits.split([len(COLOURS), len(FIGURES)], dim=1), labels.split([len(COLOURS), len(FIGURES)], dim=1)
+        )
+        return {"loss": sum(cross_entropy(*part) for part in parts), "logits": logits}
 
 
 class Tiles(torch.utils.data.Dataset):
-    """Single tiles with one card each: `pixel_values` `(3, 64, 64)` in -1 .. 1 and `labels`, its colour and figure."""
+    """Single tiles with a card or none, and thumbnails: `pixel_values` `(3, 64, 64)` in -1 .. 1 and `labels` `(16,)`.
 
-    def __init__(self, split: str, size: int, seed: int):
-        self.split, self.size, self.seed = split, size, seed
+    The labels are the shares of the colours and of the figures in view, even where there is nothing to tell.
+
+    Args:
+        kinds: shares of tiles with a card, of empty tiles and of thumbnails.
+    """
+
+    def __init__(self, split: str, size: int, seed: int, kinds=(0.85, 0.1, 0.05)):
+        self.split, self.size, self.seed, self.kinds = split, size, seed, kinds
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        (card,) = cards = make_scene(rng, self.split, 1, 1)
-        pixels = torch.from_numpy(render(rng, cards, 1, 1)).permute(2, 0, 1).float() / 127.5 - 1
+        kind = ("card", "empty", "thumbnail")[rng.choice(3, p=self.kinds)]
+        side = 4 if kind == "thumbnail" else 1
+        cards = () if kind == "empty" else make_scene(rng, self.split, side, side)
+        image = Image.fromarray(render(rng, cards, side, side)).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        colours, figures = np.zeros(len(COLOURS)), np.zeros(len(FIGURES))
+        for card in cards:
+            colours[list(COLOURS).index(card.colour)] += 1
+            figures[FIGURES.index(card.figure)] += kind == "card"
+        labels = [shares / shares.sum() if shares.any() else shares + 1 / len(shares) for shares in (colours, figures)]
         return {
-            "pixel_values": pixels,
-            "labels": torch.tensor([list(COLOURS).index(card.colour), FIGURES.index(card.figure)]),
+            "pixel_values": torch.tensor(np.asarray(image)).permute(2, 0, 1) / 127.5 - 1,
+            "labels": torch.tensor(np.concatenate(labels), dtype=torch.float32),
         }
 
 
-def train_tower(model, training_args, samples: int):
-    """Train the vision tower and connector of `model` on captions of `samples` single tiles; resumable."""
-    tower = Tower(model)
-    args = replace(
-        training_args,
-        output_dir=f"{training_args.output_dir}/tower",
-        learning_rate=1e-3,
-        per_device_train_batch_size=64,
-        eval_strategy="no",
-    )
+def stage_arguments(args, name: str, **changes):
+    """`args` for a step that comes before the last: in a folder of its own, without evaluation."""
+    return replace(args, output_dir=f"{args.output_dir}/{name}", eval_strategy="no", **changes)
+
+
+def train_resumable(trainer: Trainer):
+    """Train from the last checkpoint of the trainer's folder, if there is one."""
+    folder = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
+
+
+def train_tower(model, processor, args, samples: int):
+    """Step 2: train the vision tower and connector of `model` on captions of `samples` single tiles."""
+    words = [processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in (*COLOURS, *FIGURES)]
+    args = stage_arguments(args, "tower", learning_rate=1e-3, per_device_train_batch_size=64)
+    tower = Tower(model, words)
     trainer = Trainer(tower, args, train_dataset=Tiles("train", samples, args.seed))
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
-    )
-    held_out = trainer.predict(Tiles("validation", 1000, args.seed))
-    figures = held_out.predictions[:, len(COLOURS) :].argmax(1) == held_out.label_ids[:, 1]
-    print(f"vision tower: names the figure on {figures.mean():.1%} of 1000 held-out tiles")
-
-
-class Conversations(Cards):
-    """Cards for learning to answer: the images of a stage are described or asked about, up to four cards each.
-
-    A description names all cards in any order, two facts a card ("red star, blue moon"). The second fact follows from
-    the first by the shortest of lookups, which is what answering a question is made of. In reading order it would
-    follow from counting instead, and nothing would be bound.
-    """
-
-    # Yes and no are learnt last, and are asked the most.
-    shares = {
-        "count": 0.05,
-        "presence": 0.2,
-        "refer": 0.15,
-        "open": 0.1,
-        "verify": 0.25,
-        "choice": 0.05,
-        "find": 0.1,
-        "locate": 0.1,
-    }
-    DESCRIPTIONS = (
-        ("what is on the cards?", lambda card: f"{card.colour} {card.figure}"),
-        ("which colours are the shapes?", lambda card: f"{card.figure} {card.colour}"),
-        ("where are the cards?", lambda card: f"{card.colour} {place(card)}"),
-        ("where are the shapes?", lambda card: f"{card.figure} {place(card)}"),
-    )
-
-    def __init__(self, stage: Stage, seed: int):
-        super().__init__("train", stage.samples, seed, stage.rows, stage.columns, questions=4)
-        self.described = stage.described
-
-    def _turns(self, rng, cards):
-        if rng.random() < self.described:
-            question, describe = self.DESCRIPTIONS[rng.integers(len(self.DESCRIPTIONS))]
-            yield {"question": question, "answer": ", ".join(describe(card) for card in cards)}
-        else:
-            turns = {turn["question"]: turn for turn in super()._turns(rng, cards)}
-            yield from turns.values()  # asked twice, a question would be answered by copying
-
-
-class CurriculumCollator(QuestionCollator):
-    """Collates a batch at the size of its own canvas; all samples of a batch come from one stage."""
-
-    def __call__(self, samples):
-        width, height = samples[0]["image"].size
-        self.image_kwargs = Stage(height // 64, width // 64, 1, 0.0).image_kwargs
-        return super().__call__(samples)
+    train_resumable(trainer)
+    tiles = Tiles("validation", 1000, args.seed, kinds=(1, 0, 0))
+    tower.rescale(torch.stack([tiles[index]["pixel_values"] for index in range(64)]).to(args.device))
+    held_out = trainer.predict(tiles)
+    guessed, shown = (part[:, len(COLOURS) :].argmax(1) for part in (held_out.predictions, held_out.label_ids))
+    print(f"vision tower: names the figure on {(guessed == shown).mean():.1%} of 1000 held-out tiles")
 
 
 def exact_match_by_family(dataset: Cards):
@@ -172,32 +176,48 @@ def exact_match_by_family(dataset: Cards):
     return compute_metrics
 
 
-def train_dense(model, processor, training_args, curriculum: str, tower_samples: int, validation_size: int):
-    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes from `training_args`' checkpoint.
+class PictureTrainer(Trainer):
+    """Trains on lessons and evaluates on questions of the benchmark, which are collated otherwise."""
+
+    def __init__(self, *args, eval_collator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+
+def train_dense(model, processor, args, words: str, tower_samples: int, pictures: str, validation_size: int):
+    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes where it stopped.
 
     Args:
-        curriculum: see `parse_curriculum`.
-        tower_samples: single tiles for the vision tower, before the curriculum.
-        validation_size: number of validation questions for each evaluation.
+        words, pictures: lessons of step 1 and step 3, see `parse_stages`.
+        tower_samples: single tiles and thumbnails of step 2.
+        validation_size: number of validation questions for each evaluation of step 3.
     """
-    batch = training_args.train_batch_size * training_args.gradient_accumulation_steps
-    if not list(Path(training_args.output_dir).glob("checkpoint-*")):
-        train_tower(model, training_args, tower_samples)
+    picture_lessons = lessons_of(pictures, args, args.seed + 100, drawn=True)
+    if not list(Path(args.output_dir).glob("checkpoint-*")):
+        reader = stage_arguments(args, "words")
+        lessons = lessons_of(words, args, args.seed, drawn=False)
+        train_resumable(WordTrainer(model, reader, WordCollator(processor), lessons))
+        train_tower(model, processor, args, tower_samples)
     model.model.vision_model.requires_grad_(False)
-    stages = parse_curriculum(curriculum, batch)
-    seeds = range(training_args.seed, training_args.seed + len(stages))  # no stage sees the images of another
-    train = torch.utils.data.ConcatDataset([Conversations(stage, seed) for stage, seed in zip(stages, seeds)])
-    validation = Cards("validation", validation_size, training_args.seed)
-    trainer = Trainer(
+    validation = Cards("validation", validation_size, args.seed)
+    trainer = PictureTrainer(
         model=model,
-        args=training_args,
-        data_collator=CurriculumCollator(processor),
-        train_dataset=train,
+        args=args,
+        data_collator=LessonCollator(processor),
+        eval_collator=QuestionCollator(processor),
+        train_dataset=picture_lessons,
         eval_dataset=validation,
         compute_metrics=exact_match_by_family(validation),
         preprocess_logits_for_metrics=lambda logits, labels: (
             logits[0] if isinstance(logits, tuple) else logits
         ).argmax(-1),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer.model

@@ -66,8 +66,11 @@ class RunArguments:
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens kept an image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})
     max_tiles: int = field(default=4, metadata={"help": "Most high-resolution tiles encoded an image."})
-    curriculum: str = field(default="4x4:48000:0.2", metadata={"help": "Task dense: canvases, see training/dense.py."})
+    words: str = field(
+        default="2x2:9600 2x2,3x3,4x4:19200", metadata={"help": "Task dense: lessons in words, canvases:lessons."}
+    )
     tower_samples: int = field(default=96_000, metadata={"help": "Task dense: single tiles for the vision tower."})
+    pictures: str = field(default="4x4:6400", metadata={"help": "Task dense: lessons on pictures, canvases:lessons."})
     validation_size: int = field(default=400, metadata={"help": "Task dense: validation questions."})
 
 

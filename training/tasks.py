@@ -57,7 +57,7 @@ def load_data(run, seed: int):
 def run_dense(preset: str, run, args, command: str):
     """Train the tiny dense stand-in; save it as a complete checkpoint with its test results and card."""
     model, processor = load_base(run.base_model, run.random_weights)
-    model = train_dense(model, processor, args, run.curriculum, run.tower_samples, run.validation_size)
+    model = train_dense(model, processor, args, run.words, run.tower_samples, run.pictures, run.validation_size)
 
     output = Path(args.output_dir)
     model.save_pretrained(output)

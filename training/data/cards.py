@@ -10,7 +10,7 @@ count      how many cards are there?                  4                   none  
 presence   is there a red card?                       yes / no            none    VQA-RAD, closed
 refer      where is the red card?                     row 2 column 3      none    RefCOCO
 open       what shape is on the red card?             star                one     VQA-RAD, open
-verify     is there a star on the red card?           yes / no            one     VQA-RAD, closed
+verify     does the red card show a star?             yes / no            one     VQA-RAD, closed
 choice     ... choose from star, moon, ...            star                one     A-OKVQA, multiple choice
 find       which colour is the card with the star?    red                 many    VQA-RAD, open
 locate     where is the card with the star?           row 2 column 3      many    RefCOCO
@@ -223,7 +223,7 @@ def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> d
             if not others or rng.random() < 0.5:
                 others = sorted(set(FIGURES) - {figure})
             figure, answer = others[rng.integers(len(others))], "no"
-        question = f"is there a {figure} on the {card.colour} card?"
+        question = f"does the {card.colour} card show a {figure}?"
     elif family == "choice":
         others = rng.permutation(sorted(set(FIGURES) - {card.figure}))[:3].tolist()
         choices = rng.permutation([card.figure, *others]).tolist()
@@ -247,33 +247,20 @@ class Cards(torch.utils.data.Dataset):
         size: number of samples.
         seed: of the whole benchmark; the default is the published one.
         rows, columns: the canvas in tiles. Anything but 4 x 4 is for the training curriculum.
-        questions: questions to a sample. 1 for the benchmark; more make a conversation in which no question answers
-            another (each is about a card of its own), for training the dense model.
 
     Each item is a dict with `question_id`, `image` (PIL, RGB), and `question`, `answer`, `choices`, `family`,
-    `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only); with `questions > 1` the item holds `turns`,
-    a list of such dicts, instead.
+    `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only).
 
     Raises ValueError for an unknown split, or a canvas outside 1..4 tiles.
     """
 
-    shares = {family: share for family, (_, share) in FAMILIES.items()}
-
-    def __init__(
-        self,
-        split: str,
-        size: int,
-        seed: int = 0,
-        rows: int = 4,
-        columns: int = 4,
-        questions: int = 1,
-    ):
+    def __init__(self, split: str, size: int, seed: int = 0, rows: int = 4, columns: int = 4):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
         if not (1 <= rows <= 4 and 1 <= columns <= 4):
             raise ValueError(f"the canvas is {rows} x {columns} tiles: each side has to be within 1 and 4")
         self.split, self.size, self.seed = split, size, seed
-        self.rows, self.columns, self.questions = rows, columns, questions
+        self.rows, self.columns = rows, columns
 
     def __len__(self) -> int:
         return self.size
@@ -283,21 +270,16 @@ class Cards(torch.utils.data.Dataset):
             raise IndexError(f"index {index} is outside of the {self.size} samples")
         key = (self.seed, SPLITS.index(self.split), self.rows, self.columns, index)
         rng = np.random.default_rng(key)
-        turns = []
-        while len(turns) == 0:
+        families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
+        turn = None
+        while turn is None:
             cards = make_scene(rng, self.split, self.rows, self.columns)
-            turns = list(self._turns(rng, cards))
-        image = Image.fromarray(render(rng, cards, self.rows, self.columns))
-        sample = {"question_id": index, "image": image}
-        return sample | ({"turns": turns} if self.questions > 1 else turns[0])
-
-    def _turns(self, rng, cards):
-        families, shares = list(self.shares), list(self.shares.values())
-        for number in rng.permutation(len(cards))[: self.questions]:
+            number = rng.permutation(len(cards))[0]
             family = families[rng.choice(len(families), p=shares)]
             turn = make_question(rng, family, cards, cards[number])
-            if turn is not None:
-                yield {**turn, "family": family, "tiles_needed": FAMILIES[family][0]}
+        image = Image.fromarray(render(rng, cards, self.rows, self.columns))
+        needed = FAMILIES[family][0]
+        return {"question_id": index, "image": image, **turn, "family": family, "tiles_needed": needed}
 
 
 def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets.Dataset:
