@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
-from training.dense import parse_curriculum
+from training.dense import parse_stages
 from training.trainer import QGSATrainingArguments
 
 
@@ -105,7 +105,8 @@ def test_every_preset_is_understood(name, parse):
     assert 0 <= run.min_tiles <= run.max_tiles
     assert run.systems.split()[0] == "dense"
     if run.task == "dense":
-        assert parse_curriculum(run.curriculum, args.per_device_train_batch_size)
+        assert parse_stages(run.words, args.per_device_train_batch_size)
+        assert parse_stages(run.pictures, args.per_device_train_batch_size)
 
 
 def test_help_is_printed():

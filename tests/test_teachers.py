@@ -7,7 +7,7 @@ import training.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.selection_qgsa import Prompt, positions_to_keep
 from training.data.collator import QuestionCollator
-from training.teachers import answer_log_likelihood, cheapest_sufficient, tile_utility
+from training.teachers import answer_log_likelihood, cheapest_sufficient, hard_positions, tile_utility
 
 
 ONE_TILE = {"min_tiles": 1, "max_tiles": 1, "min_visual_tokens": 32, "max_visual_tokens": 32}
@@ -215,3 +215,19 @@ def test_the_noise_of_the_gates_is_torchs(make_model, labelled):
         torch.manual_seed(seed)
         losses.append(model(**labelled).loss.item())
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
+@pytest.mark.parametrize("complexity", [0.0, 0.4, 1.0])
+def test_hard_positions_are_what_inference_keeps(selection, complexity, model, labelled):
+    glance, features, prompt = encode(model, labelled)
+    budget = Budget(selection, 8, 40, 0, 5)
+    with torch.no_grad():
+        scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+    keep = hard_positions(model, glance, scores, prompt, budget, torch.full_like(glance.complexity, complexity))
+    m, k = (int(value) for value in budget.resolve(torch.tensor(complexity)))
+    fixed = {"min_tiles": m, "max_tiles": m, "min_visual_tokens": k, "max_visual_tokens": k}
+    with torch.no_grad():
+        indices = model(**labelled, selection=selection, **fixed).selection.keep_indices
+    for row, kept in zip(keep, indices):
+        assert row.nonzero()[:, 0].tolist() == kept[kept >= 0].tolist()

@@ -121,12 +121,22 @@ def test_every_loss_is_logged_with_its_weight(make_trainer):
     trainer = make_trainer(max_steps=1, utility_weight=0.0, complexity_start=0.0)
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    assert {"answer_loss", "complexity_loss", "visual_tokens", "tiles"} <= logged
+    assert {"answer_loss", "reading_loss", "complexity_loss", "visual_tokens", "tiles"} <= logged
     assert "utility_loss" not in logged
-    trainer = make_trainer(max_steps=1, complexity_weight=0.0)
+    trainer = make_trainer(max_steps=1, complexity_weight=0.0, reading_weight=0.0)
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    assert "utility_loss" in logged and "complexity_loss" not in logged
+    assert "utility_loss" in logged and not {"complexity_loss", "reading_loss"} & logged
+
+
+def test_the_estimator_has_a_learning_rate_of_its_own(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3, complexity_learning_rate=0.5, lr_scheduler_type="constant")
+    trainer.train()
+    rates = {weight: group["lr"] for group in trainer.optimizer.param_groups for weight in group["params"]}
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert set(rates) == set(trained.values())
+    for name, weight in trained.items():
+        assert rates[weight] == (0.5 if ".complexity_estimator." in name else 1e-3), name
 
 
 def test_a_step_lowers_the_losses_of_its_own_batch(make_trainer):

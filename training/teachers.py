@@ -63,6 +63,20 @@ def tile_utility(model, layout: VisualLayout, features: torch.Tensor, prompt: Pr
 
 
 @torch.no_grad()
+def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, budget: Budget, complexity):
+    """The positions that inference would keep at `complexity` `(I,)`, every tile being encoded: `(B, L)` bool.
+
+    Args:
+        scores: `(T, P)`, the selector's scores of all visual tokens.
+    """
+    m, k = budget.resolve(complexity)
+    every = torch.ones_like(glance.layout.is_global)
+    tiles = model.model.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
+    kept = model.model.keep(glance, scores[tiles], tiles, k)
+    return positions_to_keep(prompt.attention_mask, glance.layout, kept)
+
+
+@torch.no_grad()
 def cheapest_sufficient(
     model,
     glance: Glance,
@@ -89,10 +103,8 @@ def cheapest_sufficient(
     rungs = torch.linspace(0, 1, max(2, budget.max_tiles - budget.min_tiles + 1)).tolist()
     keep = [prompt.attention_mask.bool()]
     for rung in rungs:
-        m, k = budget.resolve(torch.full_like(glance.complexity, rung))
-        tiles = model.model.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
-        kept = model.model.keep(glance, scores[tiles], tiles, k)
-        keep.append(positions_to_keep(prompt.attention_mask, layout, kept))
+        complexity = torch.full_like(glance.complexity, rung)
+        keep.append(hard_positions(model, glance, scores, prompt, budget, complexity))
     samples = torch.arange(len(prompt.input_ids), device=features.device)
     likelihood = answer_log_likelihood(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt)
     dense, pruned = likelihood.view(len(keep), -1).split([1, len(rungs)])

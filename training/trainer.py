@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.selection_qgsa import Prompt, tile_relevance
 from training.losses import quantile_loss, utility_loss
-from training.teachers import cheapest_sufficient, tile_utility
+from training.teachers import answer_log_likelihood, cheapest_sufficient, hard_positions, tile_utility
 
 
 @dataclass
@@ -18,10 +18,18 @@ class QGSATrainingArguments(TrainingArguments):
 
     start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
     end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
-    answer_weight: float = field(default=1.0, metadata={"help": "Weight of the answer loss."})
+    answer_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the answer loss through the relaxed selection."}
+    )
+    reading_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the answer loss over what a hard selection keeps; 0 leaves it out."}
+    )
     utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
     utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
-    complexity_weight: float = field(default=1.0, metadata={"help": "Weight of the budget; 0 leaves it out."})
+    complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
+    complexity_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
+    )
     complexity_quantile: float = field(
         default=0.9, metadata={"help": "The budget is to suffice for this share of the questions."}
     )
@@ -37,6 +45,9 @@ class QGSATrainingArguments(TrainingArguments):
 class QGSATrainer(Trainer):
     """Trainer whose loss is the answer's, the utility teacher's (where) and the cheapest budget's (how much).
 
+    The answer is asked for twice: through the relaxed selection, for the selector, and over what a hard selection of a
+    random budget keeps, for the adapters, which the relaxed one never shows as little as inference does.
+
     The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
     Raises ValueError for a model without a selection to train, and as soon as a loss is not finite.
     """
@@ -46,6 +57,17 @@ class QGSATrainer(Trainer):
             raise ValueError('selection is "dense": the trainer has no selection to train')
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
+
+    def create_optimizer(self, *args, **kwargs):
+        """Trainer's optimizer, with a learning rate of its own for the complexity estimator."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        own = {weight for name, weight in self.model.named_parameters() if ".complexity_estimator." in name}
+        for group in list(optimizer.param_groups):
+            moved = [weight for weight in group["params"] if weight in own]
+            if moved:
+                group["params"] = [weight for weight in group["params"] if weight not in own]
+                optimizer.add_param_group({**group, "params": moved, "lr": self.args.complexity_learning_rate})
+        return optimizer
 
     def progress(self) -> float:
         """Share of the steps that are done, 0 to 1."""
@@ -84,10 +106,21 @@ class QGSATrainer(Trainer):
             losses["utility_loss"] = args.utility_weight * utility_loss(
                 mass, utility, glance.layout, args.utility_temperature
             )
-        if args.complexity_weight and self.progress() >= args.complexity_start:
+        teach_budget = args.complexity_weight and self.progress() >= args.complexity_start
+        if args.reading_weight or teach_budget:
             budget = Budget.of(model.config)
             with torch.no_grad():
                 scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+        if args.reading_weight:
+            complexity = torch.rand_like(glance.complexity)
+            keep = hard_positions(model, glance, scores, prompt, budget, complexity)
+            embeds = model.model.embed(
+                prompt.input_ids, glance.layout, features, torch.ones_like(glance.layout.is_global)
+            )
+            rows = torch.arange(len(keep), device=keep.device)
+            likelihood = answer_log_likelihood(model, rows, keep, embeds, prompt)
+            losses["reading_loss"] = -args.reading_weight * likelihood.sum() / (prompt.labels[:, 1:] != -100).sum()
+        if teach_budget:
             target = cheapest_sufficient(model, glance, features, scores, prompt, budget, args.complexity_tolerance)
             losses["complexity_loss"] = args.complexity_weight * quantile_loss(
                 glance.complexity, target, args.complexity_quantile

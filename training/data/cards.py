@@ -146,7 +146,7 @@ def layout_split(tiles: frozenset[int], rows: int, columns: int) -> str:
 def make_scene(rng: np.random.Generator, split: str, rows: int = 4, columns: int = 4) -> tuple[Card, ...]:
     """Two to seven cards (one or two on a canvas too small for more) of different colours, in a layout of `split`.
 
-    A canvas of fewer than eight tiles, which only the training curriculum uses, has too few layouts to share out.
+    A canvas of fewer than eight tiles, which only the lessons use, has too few layouts to share out.
     """
     highest = min(MAX_CARDS, rows * columns)
     while True:
@@ -246,7 +246,7 @@ class Cards(torch.utils.data.Dataset):
         split: `"train"`, `"validation"` or `"test"`.
         size: number of samples.
         seed: of the whole benchmark; the default is the published one.
-        rows, columns: the canvas in tiles. Anything but 4 x 4 is for the training curriculum.
+        rows, columns: the canvas in tiles. 4 x 4 is the benchmark.
 
     Each item is a dict with `question_id`, `image` (PIL, RGB), and `question`, `answer`, `choices`, `family`,
     `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only).
