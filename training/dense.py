@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, render
 from training.data.collator import QuestionCollator
-from training.data.lessons import LessonCollator, Lessons, WordCollator
+from training.data.lessons import Lesson, LessonCollator, Lessons, WordCollator
 
 
 NOISE = 0.5  # of what stands in for visual tokens, in standard deviations of the embeddings
@@ -176,21 +176,6 @@ def exact_match_by_family(dataset: Cards):
     return compute_metrics
 
 
-class PictureTrainer(Trainer):
-    """Trains on lessons and evaluates on questions of the benchmark, which are collated otherwise."""
-
-    def __init__(self, *args, eval_collator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        train_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = train_collator
-
-
 def train_dense(model, processor, args, words: str, tower_samples: int, pictures: str, validation_size: int):
     """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes where it stopped.
 
@@ -202,16 +187,16 @@ def train_dense(model, processor, args, words: str, tower_samples: int, pictures
     picture_lessons = lessons_of(pictures, args, args.seed + 100, drawn=True)
     if not list(Path(args.output_dir).glob("checkpoint-*")):
         reader = stage_arguments(args, "words")
-        lessons = lessons_of(words, args, args.seed, drawn=False)
-        train_resumable(WordTrainer(model, reader, WordCollator(processor), lessons))
+        word_lessons = lessons_of(words, args, args.seed, drawn=False)
+        train_resumable(WordTrainer(model, reader, WordCollator(processor), word_lessons))
         train_tower(model, processor, args, tower_samples)
     model.model.vision_model.requires_grad_(False)
     validation = Cards("validation", validation_size, args.seed)
-    trainer = PictureTrainer(
+    lessons, questions = LessonCollator(processor), QuestionCollator(processor)
+    trainer = Trainer(
         model=model,
         args=args,
-        data_collator=LessonCollator(processor),
-        eval_collator=QuestionCollator(processor),
+        data_collator=lambda samples: (lessons if isinstance(samples[0], Lesson) else questions)(samples),
         train_dataset=picture_lessons,
         eval_dataset=validation,
         compute_metrics=exact_match_by_family(validation),

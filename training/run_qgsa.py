@@ -67,9 +67,9 @@ class RunArguments:
     min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})
     max_tiles: int = field(default=4, metadata={"help": "Most high-resolution tiles encoded an image."})
     words: str = field(
-        default="2x2:9600 2x2,3x3,4x4:19200", metadata={"help": "Task dense: lessons in words, canvases:lessons."}
+        default="2x2:9600 2x2,3x3,4x4,4x4:12800", metadata={"help": "Task dense: lessons in words, canvases:lessons."}
     )
-    tower_samples: int = field(default=96_000, metadata={"help": "Task dense: single tiles for the vision tower."})
+    tower_samples: int = field(default=128_000, metadata={"help": "Task dense: single tiles for the vision tower."})
     pictures: str = field(default="4x4:6400", metadata={"help": "Task dense: lessons on pictures, canvases:lessons."})
     validation_size: int = field(default=400, metadata={"help": "Task dense: validation questions."})
 

@@ -22,13 +22,13 @@ class QGSATrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Weight of the answer loss through the relaxed selection."}
     )
     reading_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the answer loss over what a hard selection keeps; 0 leaves it out."}
+        default=0.3, metadata={"help": "Weight of the answer loss over what a hard selection keeps; 0 leaves it out."}
     )
     utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
     utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
     complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
     complexity_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
+        default=3e-3, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
     )
     complexity_quantile: float = field(
         default=0.9, metadata={"help": "The budget is to suffice for this share of the questions."}
@@ -106,21 +106,17 @@ class QGSATrainer(Trainer):
             losses["utility_loss"] = args.utility_weight * utility_loss(
                 mass, utility, glance.layout, args.utility_temperature
             )
-        teach_budget = args.complexity_weight and self.progress() >= args.complexity_start
-        if args.reading_weight or teach_budget:
-            budget = Budget.of(model.config)
-            with torch.no_grad():
-                scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+        every, budget = torch.ones_like(glance.layout.is_global), Budget.of(model.config)
+        with torch.no_grad():
+            scores = model.model.score_tokens(glance, features, every)
         if args.reading_weight:
             complexity = torch.rand_like(glance.complexity)
             keep = hard_positions(model, glance, scores, prompt, budget, complexity)
-            embeds = model.model.embed(
-                prompt.input_ids, glance.layout, features, torch.ones_like(glance.layout.is_global)
-            )
+            embeds = model.model.embed(prompt.input_ids, glance.layout, features, every)
             rows = torch.arange(len(keep), device=keep.device)
             likelihood = answer_log_likelihood(model, rows, keep, embeds, prompt)
             losses["reading_loss"] = -args.reading_weight * likelihood.sum() / (prompt.labels[:, 1:] != -100).sum()
-        if teach_budget:
+        if args.complexity_weight and self.progress() >= args.complexity_start:
             target = cheapest_sufficient(model, glance, features, scores, prompt, budget, args.complexity_tolerance)
             losses["complexity_loss"] = args.complexity_weight * quantile_loss(
                 glance.complexity, target, args.complexity_quantile
