@@ -93,35 +93,49 @@ def test_tiles_say_what_is_on_them():
         rng.choice(3, p=(1, 0, 0))
         (card,) = make_scene(rng, "train", 1, 1)
         expected = [name in (card.colour, card.figure) for name in (*COLOURS, *FIGURES)]
-        assert tile["labels"].tolist() == expected
+        assert tile["labels"].tolist() == [expected] * 16
+        assert tile["together"]
     assert torch.equal(tiles[3]["pixel_values"], Tiles("train", 50, 0, (1, 0, 0))[3]["pixel_values"])
     assert not torch.equal(tiles[3]["pixel_values"], Tiles("validation", 50, 0, (1, 0, 0))[3]["pixel_values"])
 
 
-def test_empty_tiles_and_thumbnails_tell_no_figure():
-    empty = Tiles("train", 5, seed=0, kinds=(0, 1, 0))[0]["labels"]
-    assert torch.equal(empty, torch.full((16,), 1 / 8))
-    several = set()
+def test_empty_tiles_have_nothing_to_name():
+    empty = Tiles("train", 5, seed=0, kinds=(0, 1, 0))[0]
+    assert torch.equal(empty["labels"], torch.full((16, 16), 1 / 8))
+    assert empty["together"]
+
+
+def test_thumbnails_name_the_colour_of_each_place_and_no_figure():
+    nothing = [1 / 8] * 8
     for index in range(20):
-        colours, figures = Tiles("train", 20, seed=0, kinds=(0, 0, 1))[index]["labels"].split(8)
-        assert torch.equal(figures, torch.full((8,), 1 / 8))
-        assert colours.sum() == pytest.approx(1)
-        several.add(int((colours > 0).sum()))
-        assert colours[colours > 0].unique().numel() == 1
-    assert several <= set(range(2, 8)) and len(several) > 3
+        thumbnail = Tiles("train", 20, seed=0, kinds=(0, 0, 1))[index]
+        assert not thumbnail["together"]
+        rng = np.random.default_rng((0, 0, index))
+        rng.choice(3, p=(0, 0, 1))
+        colours = {(card.row, card.column): card.colour for card in make_scene(rng, "train", 4, 4)}
+        for cell, labels in enumerate(thumbnail["labels"].tolist()):
+            colour = colours.get(divmod(cell, 4))
+            assert labels[:8] == ([name == colour for name in COLOURS] if colour else nothing)
+            assert labels[8:] == nothing
 
 
-def test_the_tower_is_right_where_its_tokens_are_the_words(make_dense, monkeypatch):
+@pytest.mark.parametrize("together", [True, False])
+def test_the_tower_is_right_where_its_tokens_are_the_words(together, make_dense, monkeypatch):
     model = make_dense("idefics3")
     words = list(range(10, 26))
-    tower = Tower(model, words)
-    shown = model.get_input_embeddings().weight.detach()[[words[2], words[8 + 5]]].sum(0)
-    monkeypatch.setattr(tower.connector, "forward", lambda hidden: shown.expand(1, 16, -1))
-    labels = torch.zeros(1, 16)
-    labels[0, 2] = labels[0, 8 + 5] = 1
-    right = tower(torch.zeros(1, 3, 64, 64), labels)
-    assert right["logits"][0, :8].argmax() == 2 and right["logits"][0, 8:].argmax() == 5
-    assert right["loss"] < tower(torch.zeros(1, 3, 64, 64), labels.roll(1))["loss"]
+    tower, names = Tower(model, words), model.get_input_embeddings().weight.detach()[words]
+    shown = (names[2] + names[8 + 5]).expand(1, 16, -1).clone()
+    shown[0, 7] = names[4] + names[8 + 1]
+    monkeypatch.setattr(tower.connector, "forward", lambda hidden: shown)
+    labels = torch.zeros(1, 16, 16)
+    labels[..., [2, 8 + 5]] = 1
+    pixels, flag = torch.zeros(1, 3, 64, 64), torch.tensor([together])
+    right = tower(pixels, flag, labels)
+    named = right["logits"][0, :, :8].argmax(1), right["logits"][0, :, 8:].argmax(1)
+    odd = torch.arange(16) == 7
+    assert torch.equal(named[0], torch.where(odd & (not together), 4, 2))
+    assert torch.equal(named[1], torch.where(odd & (not together), 1, 5))
+    assert right["loss"] < tower(pixels, flag, labels.roll(1, dims=-1))["loss"]
     assert not tower.names.requires_grad
 
 

@@ -69,7 +69,7 @@ class WordTrainer(Trainer):
 
 
 class Tower(torch.nn.Module):
-    """The vision tower and connector, naming what a tile shows by the mean of its visual tokens.
+    """The vision tower and connector, naming what is in view: a tile by all its visual tokens, a thumbnail by each.
 
     The classifier is fixed: the language model's own embeddings of the words for colours and figures.
     """
@@ -94,25 +94,33 @@ class Tower(torch.nn.Module):
             self.length / self.tokens(pixel_values).norm(dim=-1).mean()
         )
 
-    def forward(self, pixel_values, labels):
-        """Loss and logits, `(B, 16)`, of tiles `(B, 3, H, W)` for the shares `(B, 16)` of colours and figures."""
-        logits = self.tokens(pixel_values).mean(1) @ self.names.T
-        parts = zip(
-            logits.split([len(COLOURS), len(FIGURES)], dim=1), labels.split([len(COLOURS), len(FIGURES)], dim=1)
-        )
+    def forward(self, pixel_values, together, labels):
+        """Loss and logits `(B, P, 16)` of tiles `(B, 3, H, W)`.
+
+        Args:
+            together: `(B,)` bool, whether the visual tokens of a tile name it by the mean of their logits.
+            labels: `(B, P, 16)`, the shares of colours and figures.
+        """
+        logits = self.tokens(pixel_values) @ self.names.T
+        logits = torch.where(together[:, None, None], logits.mean(1, keepdim=True), logits)
+        kinds = [len(COLOURS), len(FIGURES)]
+        parts = zip(logits.flatten(0, 1).split(kinds, dim=1), labels.flatten(0, 1).split(kinds, dim=1))
         return {"loss": sum(cross_entropy(*part) for part in parts), "logits": logits}
 
 
 class Tiles(torch.utils.data.Dataset):
-    """Single tiles with a card or none, and thumbnails: `pixel_values` `(3, 64, 64)` in -1 .. 1 and `labels` `(16,)`.
+    """Single tiles with a card or none, and thumbnails of 4 x 4 tiles.
 
-    The labels are the shares of the colours and of the figures in view, even where there is nothing to tell.
+    Each item has `pixel_values` `(3, 64, 64)` in -1 .. 1; `labels` `(16, 16)`, what each visual token is to name,
+    equal shares of all colours or all figures where there is none to tell; and `together`, whether the tokens name it
+    by the mean of what they say. In a thumbnail each names the colour of its own place, so that cards can be found and
+    counted there.
 
     Args:
         kinds: shares of tiles with a card, of empty tiles and of thumbnails.
     """
 
-    def __init__(self, split: str, size: int, seed: int, kinds=(0.85, 0.1, 0.05)):
+    def __init__(self, split: str, size: int, seed: int, kinds=(0.75, 0.1, 0.15)):
         self.split, self.size, self.seed, self.kinds = split, size, seed, kinds
 
     def __len__(self):
@@ -124,14 +132,17 @@ class Tiles(torch.utils.data.Dataset):
         side = 4 if kind == "thumbnail" else 1
         cards = () if kind == "empty" else make_scene(rng, self.split, side, side)
         image = Image.fromarray(render(rng, cards, side, side)).resize((TILE, TILE), Image.Resampling.LANCZOS)
-        colours, figures = np.zeros(len(COLOURS)), np.zeros(len(FIGURES))
+        labels = torch.full((4, 4, len(COLOURS) + len(FIGURES)), 1 / 8)
+        colours, figures = labels.split([len(COLOURS), len(FIGURES)], dim=-1)
         for card in cards:
-            colours[list(COLOURS).index(card.colour)] += 1
-            figures[FIGURES.index(card.figure)] += kind == "card"
-        labels = [shares / shares.sum() if shares.any() else shares + 1 / len(shares) for shares in (colours, figures)]
+            place = (card.row, card.column) if kind == "thumbnail" else ...
+            colours[place] = torch.eye(len(COLOURS))[list(COLOURS).index(card.colour)]
+            if kind == "card":
+                figures[place] = torch.eye(len(FIGURES))[FIGURES.index(card.figure)]
         return {
             "pixel_values": torch.tensor(np.asarray(image)).permute(2, 0, 1) / 127.5 - 1,
-            "labels": torch.tensor(np.concatenate(labels), dtype=torch.float32),
+            "labels": labels.flatten(0, 1),
+            "together": kind != "thumbnail",
         }
 
 
@@ -156,7 +167,7 @@ def train_tower(model, processor, args, samples: int):
     tiles = Tiles("validation", 1000, args.seed, kinds=(1, 0, 0))
     tower.rescale(torch.stack([tiles[index]["pixel_values"] for index in range(64)]).to(args.device))
     held_out = trainer.predict(tiles)
-    guessed, shown = (part[:, len(COLOURS) :].argmax(1) for part in (held_out.predictions, held_out.label_ids))
+    guessed, shown = (part[:, 0, len(COLOURS) :].argmax(1) for part in (held_out.predictions, held_out.label_ids))
     print(f"vision tower: names the figure on {(guessed == shown).mean():.1%} of 1000 held-out tiles")
 
 
