@@ -42,6 +42,9 @@ class QGSAConfig(SmolVLMConfig):
         selector_heads (`int`, defaults to 4): attention heads of each.
         max_question_tokens (`int`, defaults to 128): the selector reads the last so many tokens of a question.
         gumbel_temperature (`float`, defaults to 1.0): temperature of the relaxed selection in training.
+        complexity_levels (`int`, defaults to 9): complexities from 0 to 1 that the estimator tells apart.
+        complexity_quantile (`float`, defaults to 0.95): the budget is to suffice with this estimated probability;
+            a lower one is cheaper.
         global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the
             defaults are those of the published SmolVLM tokenizers.
         tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in all.
@@ -61,6 +64,8 @@ class QGSAConfig(SmolVLMConfig):
     selector_heads: int = 4
     max_question_tokens: int = 128
     gumbel_temperature: float | int = 1.0
+    complexity_levels: int = 9
+    complexity_quantile: float | int = 0.95
     image_token_id: int = 49190
     global_image_token_id: int = 49152
     end_of_utterance_token_id: int = 49279
@@ -91,6 +96,10 @@ class QGSAConfig(SmolVLMConfig):
             )
         if not self.gumbel_temperature > 0:
             raise ValueError(f"gumbel_temperature is {self.gumbel_temperature}: it has to be above 0")
+        if self.complexity_levels < 2:
+            raise ValueError(f"complexity_levels is {self.complexity_levels}: it has to be at least 2")
+        if not 0 < self.complexity_quantile <= 1:
+            raise ValueError(f"complexity_quantile is {self.complexity_quantile}: it has to be above 0 and at most 1")
         if len(self.tile_token_ids) != 36:
             raise ValueError(f"tile_token_ids holds {len(self.tile_token_ids)} ids: 6 rows of 6 columns make 36")
 

@@ -32,17 +32,20 @@ from .selection_qgsa import (
     SelectedInputs,
     VisualLayout,
     check_pixels,
+    complexity_at,
     describe_selection,
     find_question,
     gated_attention_mask,
     keep_top_k,
     positions_to_keep,
+    rank_tokens,
     read_layout,
     relaxed_top_k,
     scores_of_tiles,
     splice,
     tile_relevance,
     to_images,
+    to_tiles,
     token_cells,
 )
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
@@ -87,8 +90,13 @@ class QGSASmolVLMModel(SmolVLMModel):
             config.selector_heads,
             config.max_question_tokens,
         )
-        self.complexity_estimator = ComplexityEstimator(config.selector_hidden_size)
+        self.complexity_estimator = ComplexityEstimator(width, config.selector_hidden_size, config.complexity_levels)
         self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, QuestionGuidedSelector):
+            module.init_weights()
 
     def encode_tiles(self, pixel_values, pixel_attention_mask, layout: VisualLayout, tiles) -> torch.Tensor:
         """Encode the tiles chosen by `tiles` (`(T,)` bool) and no other: `(n, P, D)`."""
@@ -120,10 +128,10 @@ class QGSASmolVLMModel(SmolVLMModel):
             )
         glance = self.encode_tiles(pixel_values, pixel_attention_mask, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
-        relevance, question_state, glance_state = self.selector(question, question_mask, glance)
-        return Glance(
-            layout, glance, relevance, question_state, self.complexity_estimator(question_state, glance_state)
-        )
+        relevance, question_state = self.selector(question, question_mask, glance)
+        levels = self.complexity_estimator(question, question_mask, glance)
+        complexity = complexity_at(levels.detach(), config.complexity_quantile)
+        return Glance(layout, glance, relevance, question_state, question_mask, levels, complexity)
 
     def choose_tiles(self, glance: Glance, m: torch.Tensor, scores: torch.Tensor | None) -> torch.BoolTensor:
         """The m best high-resolution tiles of every image, and its global view: `(T,)` bool."""
@@ -146,17 +154,12 @@ class QGSASmolVLMModel(SmolVLMModel):
         """The selector's scores of the visual tokens of the chosen `tiles`, `(n, P)`."""
         layout, image = glance.layout, glance.layout.tile_image[tiles]
         places = glance.relevance[image].gather(1, token_cells(layout)[tiles])
-        return self.selector.score_tokens(glance.question_state[image], places, features, layout.is_global[tiles])
+        return places + self.selector.match_tokens(glance.question_state[image], features, layout.is_global[tiles])
 
     def keep(self, glance: Glance, scores: torch.Tensor, tiles: torch.BoolTensor, k: torch.Tensor) -> torch.BoolTensor:
         """Step 5: the k best visual tokens of every image among those of the chosen `tiles`: `(T, P)` bool."""
-        layout = glance.layout
-        everywhere = scores.new_zeros(len(tiles), layout.tokens_per_tile).index_put((tiles,), scores)
-        candidates = tiles[:, None].expand_as(everywhere)
-        keep, _ = keep_top_k(
-            to_images(everywhere, layout, 0).flatten(1), to_images(candidates, layout, False).flatten(1), k
-        )
-        return keep.view(len(keep), -1, layout.tokens_per_tile)[layout.tile_image, layout.tile_slot]
+        keep, _ = keep_top_k(*rank_tokens(scores, tiles, glance.layout), k)
+        return to_tiles(keep, glance.layout)
 
     def embed(self, input_ids, layout: VisualLayout, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
         """Word embeddings with the features of the encoded `tiles` at their placeholders, `(B, L, D)`."""
@@ -199,38 +202,35 @@ class QGSASmolVLMModel(SmolVLMModel):
         question_mask=None,
         temperature=1.0,
     ) -> SelectedInputs:
-        """The prefill in training: every tile is encoded, and the selection is a gate on the attention keys.
+        """The prefill in training: random budgets, and a gate on the attention keys in the place of top-k.
 
-        Gradients of the answer reach the selector through the gates. Nothing is cut out, and the selection that is
-        reported is the hard one that the same scores make.
+        Each image gets a budget between its minimum and maximum, so that the text model learns to read all of them.
+        The tokens of its m most relevant tiles are spliced, and each is gated by the relaxed selection of k:
+        gradients of the answer reach the selector through the gates. All tiles are encoded, for the teachers. The
+        selection that is reported is the hard one that the same scores make.
         """
         glance = self.glance_and_point(prompt, pixel_values, pixel_attention_mask, question_mask)
-        layout, (m, k) = glance.layout, budget.resolve(glance.complexity.detach())
+        layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
         every = torch.ones_like(layout.is_global)
         features = self.look(glance, pixel_values, pixel_attention_mask, every)
-        scores = self.score_tokens(glance, features, every)
-
-        gates = torch.zeros_like(scores)
-        tiles = every
-        if budget.selection == "before_encoder":
-            mass = to_images(tile_relevance(glance.relevance.exp(), layout).clamp(min=1e-6).log(), layout, 0)
-            tile_gates = relaxed_top_k(mass, to_images(~layout.is_global, layout, False), m, temperature)
-            gates = gates + tile_gates[layout.tile_image, layout.tile_slot][:, None]
-            tiles = self.choose_tiles(glance, m, None)
-        rows = to_images(scores + gates, layout, 0).flatten(1)
-        present = to_images(torch.ones_like(scores, dtype=torch.bool), layout, False).flatten(1)
-        token_gates = relaxed_top_k(rows, present, k, temperature).view(len(rows), -1, layout.tokens_per_tile)
-        token_gates = token_gates[layout.tile_image, layout.tile_slot]
-        kept = self.keep(glance, scores[tiles], tiles, k)
+        tiles = self.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
+        scores = self.score_tokens(glance, features[tiles], tiles)
+        kept = self.keep(glance, scores, tiles, k)
+        gates = to_tiles(relaxed_top_k(*rank_tokens(scores, tiles, layout), k, temperature), layout)
 
         embeds = self.embed(prompt.input_ids, layout, features, every)
         where = (layout.tile_sample[:, None], layout.token_positions)
-        log_gates = torch.where(layout.tile_of_position < 0, 0.0, gates[:, 0][layout.tile_of_position])  # markers too
-        log_gates = log_gates.index_put(where, gates + token_gates).to(embeds.dtype)
-        mask = gated_attention_mask(prompt.attention_mask, log_gates)
-        keep_indices = torch.where(prompt.attention_mask.bool(), torch.arange(mask.shape[-1], device=mask.device), -1)
+        log_gates = embeds.new_zeros(embeds.shape[:2]).index_put(where, gates.to(embeds.dtype))
+        (embeds, mask, positions, log_gates), keep_indices = splice(
+            positions_to_keep(prompt.attention_mask, layout, tiles[:, None].expand_as(gates)),
+            (embeds, 0.0),
+            (prompt.attention_mask, 0),
+            (prompt.position_ids, 0),
+            (log_gates, 0.0),
+        )
+        mask = gated_attention_mask(mask, log_gates)
         selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
-        return SelectedInputs(embeds, mask, prompt.position_ids, selection, glance, features)
+        return SelectedInputs(embeds, mask, positions, selection, glance, features)
 
     @can_return_tuple
     def forward(
@@ -370,9 +370,9 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward over what the question selects.
 
-        In training mode the selection is relaxed (every tile is encoded, a gate on the attention keys, see
-        [`QGSASmolVLMModel.relax_inputs`]); otherwise it is hard, logits are those of the kept positions
-        (`selection.keep_indices`, padded on the left) and labels follow them.
+        In training mode the selection is relaxed (every tile is encoded, random budgets, a gate on the attention
+        keys, see [`QGSASmolVLMModel.relax_inputs`]); otherwise it is hard. Logits are those of the positions that are
+        left (`selection.keep_indices`, padded on the left), and labels follow them.
 
         Args (those that SmolVLM has not):
             question_mask: `(B, L)` bool or int, the tokens of the question; by default the last turn of the user.

@@ -110,8 +110,10 @@ class Glance:
     layout: VisualLayout
     features: torch.Tensor  # (I, P, D) of the global views
     relevance: torch.Tensor  # (I, C) log-probabilities of the cells
-    question_state: torch.Tensor  # (I, hidden)
-    complexity: torch.Tensor  # (I,)
+    question_state: torch.Tensor  # (I, D) words of the question, weighed
+    question_mask: torch.BoolTensor  # (I, L) what the selector read
+    complexity_logits: torch.Tensor  # (I, levels)
+    complexity: torch.Tensor  # (I,) 0 to 1
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,27 @@ def to_images(values: torch.Tensor, layout: VisualLayout, fill: float) -> torch.
     return rows.index_put((layout.tile_image, slot), values)
 
 
+def to_tiles(rows: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """Take the tokens in the rows of the images, `(I, slots * P)`, back to their tiles, `(T, P)`."""
+    return rows.view(len(rows), -1, layout.tokens_per_tile)[layout.tile_image, layout.tile_slot]
+
+
+def rank_tokens(
+    scores: torch.Tensor, tiles: torch.BoolTensor, layout: VisualLayout
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """All tokens of an image in a row, where those of the chosen tiles are candidates for `keep_top_k`.
+
+    Args:
+        scores: `(n, P)`, of the tokens of the `n` chosen tiles.
+        tiles: `(T,)` bool.
+
+    Returns `(scores, candidates)`, `(I, slots * P)` each.
+    """
+    everywhere = scores.new_zeros(len(tiles), layout.tokens_per_tile).index_put((tiles,), scores)
+    candidates = to_images(tiles[:, None].expand_as(everywhere), layout, False)
+    return to_images(everywhere, layout, 0).flatten(1), candidates.flatten(1)
+
+
 def keep_top_k(
     scores: torch.Tensor, candidates: torch.BoolTensor, k: torch.LongTensor
 ) -> tuple[torch.BoolTensor, torch.LongTensor]:
@@ -308,6 +331,17 @@ def relaxed_top_k(
     threshold = torch.where((k > 0)[:, None], (last + following) / 2, ordered[:, :1] + 16 * temperature)
     gates = nn.functional.logsigmoid((scores - threshold) / temperature)
     return gates.masked_fill(~candidates | (k >= count)[:, None], 0.0)
+
+
+def complexity_at(logits: torch.Tensor, quantile: float) -> torch.Tensor:
+    """The lowest complexity that suffices with the estimated probability `quantile`, `(I,)` float32 in 0 .. 1.
+
+    Args:
+        logits: `(I, levels)`, of each of some evenly spaced complexities to be the lowest that suffices.
+    """
+    highest = logits.shape[1] - 1
+    level = (logits.float().softmax(1).cumsum(1) < quantile).sum(1).clamp(max=highest)
+    return level / highest
 
 
 def gated_attention_mask(attention_mask: torch.Tensor, log_gates: torch.Tensor) -> torch.Tensor:

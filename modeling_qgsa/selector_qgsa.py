@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .selection_qgsa import splice
 
@@ -9,7 +10,8 @@ from .selection_qgsa import splice
 class QuestionGuidedSelector(nn.Module):
     """Scores every place of an image from its glance and the question (QGSA, section 3).
 
-    A small transformer reads the cells of the glance and the words of the question together.
+    A small transformer reads the cells of the glance and the words of the question together; it tells which cells are
+    relevant, and which words the visual tokens are to be matched with.
 
     Args:
         width: D of the text model, whose embeddings and connector features it reads.
@@ -24,8 +26,8 @@ class QuestionGuidedSelector(nn.Module):
         self.question_projection = nn.Linear(width, hidden_size)
         self.glance_norm = nn.LayerNorm(width)
         self.question_norm = nn.LayerNorm(width)
-        self.cell_position = nn.Embedding(cells, hidden_size)
-        self.word_position = nn.Embedding(max_question_tokens, hidden_size)
+        self.cell_position = nn.Parameter(torch.empty(cells, hidden_size))
+        self.word_position = nn.Parameter(torch.empty(max_question_tokens, hidden_size))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 hidden_size, heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -34,13 +36,29 @@ class QuestionGuidedSelector(nn.Module):
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.relevance = nn.Linear(hidden_size, 1)
-        self.query = nn.Linear(hidden_size, 2 * hidden_size)
+        self.word_weight = nn.Linear(hidden_size, 1)
+        self.query = nn.Linear(width, 2 * hidden_size)
         self.tile_key = nn.Linear(width, hidden_size)
         self.glance_key = nn.Linear(width, hidden_size)
+        self.init_weights()
+
+    def init_weights(self):
+        """Start from what is seen and asked: places count nothing yet, and words match the tokens that are like them.
+
+        With positions as large as the rest, the selector learns where things used to be before it reads the question.
+        """
+        init.zeros_(self.cell_position)
+        init.zeros_(self.word_position)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=module.in_features**-0.5)
+        for key, query in zip((self.tile_key, self.glance_key), self.query.weight.detach().chunk(2)):
+            init.copy_(key.weight, query)
+        init.zeros_(self.word_weight.weight)
 
     def forward(
         self, question: torch.Tensor, question_mask: torch.BoolTensor, glance: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Point.
 
         Args:
@@ -48,32 +66,32 @@ class QuestionGuidedSelector(nn.Module):
             question_mask: `(I, Q)` bool.
             glance: `(I, C, D)` features of the encoded global view.
 
-        Returns `(relevance, question_state, glance_state)`: log-probabilities of the cells `(I, C)`, and the pooled
-        question and glance, `(I, hidden_size)` each.
+        Returns `(relevance, question_state)`: log-probabilities of the cells `(I, C)` float32, and the words of the
+        question, normed and weighed, `(I, D)`.
         """
         (question,), indices = splice(question_mask, (question, 0.0))
         question, indices = question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :]
-        words = self.question_projection(self.question_norm(question))
-        words = words + self.word_position.weight[: words.shape[1]].flip(0)
-        cells = self.glance_projection(self.glance_norm(glance)) + self.cell_position.weight
+        question = self.question_norm(question)
+        words = self.question_projection(question)
+        words = words + self.word_position[: words.shape[1]].flip(0)
+        cells = self.glance_projection(self.glance_norm(glance)) + self.cell_position
         hidden = torch.cat([cells, words], dim=1)
         padding = torch.cat([indices.new_zeros(cells.shape[:2], dtype=torch.bool), indices < 0], dim=1)
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=padding)
         hidden = self.norm(hidden)
         cells, words = hidden[:, : cells.shape[1]], hidden[:, cells.shape[1] :]
-        present = (indices >= 0)[..., None].to(words.dtype)
+        weights = self.word_weight(words).float().masked_fill((indices < 0)[..., None], float("-inf")).softmax(1)
         relevance = self.relevance(cells)[..., 0].float().log_softmax(-1)
-        return relevance, (words * present).sum(1) / present.sum(1), cells.mean(1)
+        return relevance, (question * weights.to(question.dtype)).sum(1)
 
-    def score_tokens(
-        self, question_state: torch.Tensor, relevance: torch.Tensor, features: torch.Tensor, is_global: torch.Tensor
+    def match_tokens(
+        self, question_state: torch.Tensor, features: torch.Tensor, is_global: torch.Tensor
     ) -> torch.Tensor:
-        """Scores of visual tokens, `(n, P)`: how relevant their place is, and how well they match the question.
+        """How well visual tokens match the question, `(n, P)` float32.
 
         Args:
-            question_state: `(n, hidden_size)`, the question of each tile.
-            relevance: `(n, P)`, log-probability of each token's cell.
+            question_state: `(n, D)`, the question of each tile.
             features: `(n, P, D)`, the tokens as the text model gets them.
             is_global: `(n,)` bool; glances and tiles are matched by keys of their own.
         """
@@ -81,24 +99,32 @@ class QuestionGuidedSelector(nn.Module):
         features = self.glance_norm(features)
         match = torch.where(
             is_global[:, None],
-            (self.glance_key(features) * glance_query).mean(-1),
-            (self.tile_key(features) * tile_query).mean(-1),
+            (self.glance_key(features) * glance_query).sum(-1),
+            (self.tile_key(features) * tile_query).sum(-1),
         )
-        return relevance + match.to(relevance.dtype)
+        return match.float() / self.tile_key.out_features**0.5
 
 
 class ComplexityEstimator(nn.Module):
-    """How much of an image a question needs, 0 to 1, from the pooled question and glance (adaptive sparsity, QGSA)."""
+    """How much of an image a question needs, from its words and the glance (adaptive sparsity, QGSA).
 
-    def __init__(self, hidden_size: int):
+    It tells how likely each of some complexities, evenly spaced from 0 to 1, is to be the lowest that suffices: what
+    suffices differs between questions that look alike, and a mean would serve none of them.
+
+    Args:
+        width: D of the text model, whose embeddings and connector features it reads.
+        hidden_size, levels: its own size, and how many complexities it tells apart.
+    """
+
+    def __init__(self, width: int, hidden_size: int, levels: int):
         super().__init__()
-        self.network = nn.Sequential(
-            nn.LayerNorm(2 * hidden_size),
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, 1),
-        )
+        self.question_norm = nn.LayerNorm(width)
+        self.glance_norm = nn.LayerNorm(width)
+        self.network = nn.Sequential(nn.Linear(2 * width, hidden_size), nn.GELU(), nn.Linear(hidden_size, levels))
 
-    def forward(self, question_state: torch.Tensor, glance_state: torch.Tensor) -> torch.Tensor:
-        """Map two `(I, hidden_size)` to the complexity, `(I,)` float32."""
-        return self.network(torch.cat([question_state, glance_state], dim=-1))[:, 0].float().sigmoid()
+    def forward(self, question: torch.Tensor, question_mask: torch.BoolTensor, glance: torch.Tensor) -> torch.Tensor:
+        """Logits of the levels, `(I, levels)` float32; arguments as in `QuestionGuidedSelector.forward`."""
+        present = question_mask[..., None].to(question.dtype)
+        words = (question * present).sum(1) / present.sum(1)
+        pooled = torch.cat([self.question_norm(words), self.glance_norm(glance.mean(1))], dim=-1)
+        return self.network(pooled).float()

@@ -83,6 +83,9 @@ def test_default_markers_are_those_of_the_published_tokenizer():
         ({"selector_layers": 0}, "selector_layers is 0"),
         ({"max_question_tokens": 0}, "max_question_tokens is 0"),
         ({"gumbel_temperature": 0.0}, "gumbel_temperature is 0.0"),
+        ({"complexity_levels": 1}, "complexity_levels is 1: it has to be at least 2"),
+        ({"complexity_quantile": 0}, "complexity_quantile is 0: it has to be above 0 and at most 1"),
+        ({"complexity_quantile": 1.5}, "complexity_quantile is 1.5"),
         ({"tile_token_ids": [1, 2, 3]}, "tile_token_ids holds 3 ids: 6 rows of 6 columns make 36"),
     ],
 )

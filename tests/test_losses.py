@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_qgsa.selection_qgsa import VisualLayout
-from training.losses import quantile_loss, utility_loss
+from training.losses import attention_loss, utility_loss
 
 
 INF = float("inf")
@@ -102,19 +102,38 @@ def test_a_tile_without_any_mass_costs_much_and_stays_finite():
     assert 10 < loss.item() < 20
 
 
-# How much
+# Which tokens
 
 
-def test_quantile_loss_by_hand():
-    complexity, target = torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.1])
-    # Too little by 0.2 costs 0.9 of it, too much by 0.4 costs 0.1 of it.
-    assert quantile_loss(complexity, target, 0.9).item() == pytest.approx((0.9 * 0.2 + 0.1 * 0.4) / 2)
-    assert quantile_loss(target, target, 0.9).item() == 0
+def test_attention_loss_by_hand():
+    # Attention 1 and 3 is a teacher of 1/4 and 3/4; equal matches are 1/3 each, for glance and tiles alike.
+    layout = make_layout(2)
+    loss = attention_loss(torch.zeros(3, 1), torch.tensor([[1.0], [3.0], [0.0]]), layout)
+    assert loss.item() == pytest.approx(torch.tensor(3.0).log().item())
+    match = torch.tensor([0.25, 0.5, 0.25]).log()[:, None]
+    expected = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.5).log())
+    loss = attention_loss(match + 5, torch.tensor([[1.0], [3.0], [0.0]]), layout)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
-def test_quantile_loss_is_least_at_the_quantile(quantile):
-    target = torch.rand(2001)
-    values = torch.linspace(0, 1, 1001)
-    losses = torch.stack([quantile_loss(value.expand(2001), target, quantile) for value in values])
-    assert values[losses.argmin()].item() == pytest.approx(target.quantile(quantile).item(), abs=2e-3)
+def test_attention_loss_leaves_out_images_that_were_not_asked_about():
+    match, attention = torch.randn(5, 1), torch.tensor([[1.0], [2.0], [1.0], [0.0], [0.0]])
+    alone = attention_loss(match[:3], attention[:3], make_layout(2))
+    assert attention_loss(match, attention, make_layout(2, 1)).item() == pytest.approx(alone.item())
+
+
+def test_a_batch_without_attention_has_no_loss_but_a_gradient():
+    match = torch.randn(3, 1, requires_grad=True)
+    attention_loss(match, torch.zeros(3, 1), make_layout(2)).backward()
+    assert torch.isfinite(match.grad).all()
+
+
+def test_gradient_descent_finds_the_attention():
+    layout, attention = make_layout(3), torch.tensor([[1.0], [5.0], [0.5], [3.5]])
+    match = torch.zeros(4, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([match], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        attention_loss(match, attention, layout).backward()
+        optimizer.step()
+    assert torch.allclose(match.detach().softmax(0), attention / 10, atol=1e-3)

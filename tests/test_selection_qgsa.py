@@ -4,6 +4,7 @@ import torch
 
 from modeling_qgsa.selection_qgsa import (
     check_pixels,
+    complexity_at,
     find_question,
     gated_attention_mask,
     keep_top_k,
@@ -288,8 +289,8 @@ def selector():
 
 
 def test_selector_gives_log_probabilities(selector):
-    relevance, question, glance = selector(torch.randn(3, 4, 24), torch.ones(3, 4).bool(), torch.randn(3, 16, 24))
-    assert relevance.shape == (3, 16) and question.shape == glance.shape == (3, 16)
+    relevance, question = selector(torch.randn(3, 4, 24), torch.ones(3, 4).bool(), torch.randn(3, 16, 24))
+    assert relevance.shape == (3, 16) and question.shape == (3, 24)
     assert torch.allclose(relevance.exp().sum(1), torch.ones(3))
 
 
@@ -311,9 +312,11 @@ def test_selector_does_not_see_where_the_question_is_padded(selector):
 
 
 def test_selector_reads_the_last_words_of_a_long_question_in_their_order(selector):
+    with torch.no_grad():
+        selector.word_position.normal_()
     words, glance = torch.randn(1, 9, 24), torch.randn(1, 16, 24)
     everything = torch.ones(1, 9).bool()
-    relevance, _, _ = selector(words, everything, glance)
+    relevance, _ = selector(words, everything, glance)
     changed = words.clone()
     changed[:, :4] += 1
     assert torch.equal(selector(changed, everything, glance)[0], relevance)
@@ -323,18 +326,46 @@ def test_selector_reads_the_last_words_of_a_long_question_in_their_order(selecto
 
 
 def test_selector_scores_glance_and_tiles_by_keys_of_their_own(selector):
-    features, state = torch.randn(2, 16, 24), torch.randn(2, 16)
-    relevance, is_global = torch.randn(2, 16), torch.tensor([False, True])
-    before = selector.score_tokens(state, relevance, features, is_global)
+    features, state = torch.randn(2, 16, 24), torch.randn(2, 24)
+    is_global = torch.tensor([False, True])
+    before = selector.match_tokens(state, features, is_global)
     with torch.no_grad():
         selector.tile_key.weight.mul_(-2)
-    after = selector.score_tokens(state, relevance, features, is_global)
+    after = selector.match_tokens(state, features, is_global)
     assert not torch.allclose(before[0], after[0]) and torch.equal(before[1], after[1])
-    lifted = selector.score_tokens(state, relevance + 1, features, is_global)
-    assert torch.allclose(lifted, after + 1, atol=1e-6)
 
 
-def test_complexity_is_within_0_and_1():
-    complexity = ComplexityEstimator(8)(100 * torch.randn(50, 8), 100 * torch.randn(50, 8))
-    assert complexity.shape == (50,) and complexity.dtype == torch.float32
-    assert (complexity >= 0).all() and (complexity <= 1).all() and complexity.std() > 0
+def test_a_fresh_selector_matches_words_with_the_tokens_that_are_like_them(selector):
+    word, features = torch.randn(2, 24), torch.randn(2, 16, 24)
+    features[[0, 1], [5, 9]] = word
+    match = selector.match_tokens(word, features, torch.tensor([False, True]))
+    assert match.dtype == torch.float32 and match.argmax(1).tolist() == [5, 9]
+
+
+def test_a_fresh_selector_knows_no_places(selector):
+    words, mask, glance = torch.randn(1, 4, 24), torch.ones(1, 4).bool(), torch.randn(1, 16, 24)
+    order = torch.randperm(16)
+    relevance, _ = selector(words, mask, glance)
+    assert torch.allclose(selector(words, mask, glance[:, order])[0], relevance[:, order], atol=1e-5)
+    with torch.no_grad():
+        selector.cell_position.normal_()
+    assert not torch.allclose(selector(words, mask, glance[:, order])[0], selector(words, mask, glance)[0][:, order])
+
+
+def test_estimator_reads_the_question_and_the_glance_and_no_padding():
+    estimator = ComplexityEstimator(24, 16, levels=5)
+    words, glance, mask = torch.randn(3, 6, 24), torch.randn(3, 16, 24), torch.rand(3, 6) < 0.7
+    mask[:, 0] = True
+    logits = estimator(words, mask, glance)
+    assert logits.shape == (3, 5) and logits.dtype == torch.float32
+    assert torch.equal(estimator(words.masked_fill(~mask[..., None], 7.0), mask, glance), logits)
+    assert not torch.allclose(estimator(words.masked_fill(mask[..., None], 7.0), mask, glance), logits)
+    assert not torch.allclose(estimator(words, mask, glance.flip(0)), logits)
+
+
+def test_complexity_is_the_lowest_that_suffices_as_often_as_asked():
+    logits = torch.tensor([[0.5, 0.25, 0.0, 0.2, 0.05], [0.0, 0.0, 1.0, 0.0, 0.0]]).log()
+    for quantile, expected in ((0.4, 0), (0.6, 0.25), (0.8, 0.75), (0.94, 0.75), (0.97, 1.0)):
+        assert complexity_at(logits, quantile).tolist() == [expected, 0.5]
+    sure = complexity_at(torch.randn(50, 9), 1.0)
+    assert (sure == 1).all(), "rounding of the sum is no way past the highest level"

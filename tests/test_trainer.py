@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import training.trainer
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
 from training.tasks import add_adapters
+from training.teachers import visual_attention
 from training.trainer import QGSATrainer, QGSATrainingArguments
 
 
@@ -111,7 +113,7 @@ def test_merged_adapters_keep_the_dense_weights_but_for_attention(make_trainer, 
         name for name, weight in merged.state_dict().items() if not torch.equal(fresh.state_dict()[name], weight)
     }
     assert "model.selector.relevance.weight" in differs
-    assert "model.complexity_estimator.network.1.weight" in differs
+    assert "model.complexity_estimator.network.0.weight" in differs
     assert "model.text_model.layers.0.self_attn.q_proj.weight" in differs
     for name in differs:
         assert any(part in name for part in (*OWN, "text_model.layers.0.self_attn", "text_model.layers.1.self_attn"))
@@ -121,22 +123,38 @@ def test_every_loss_is_logged_with_its_weight(make_trainer):
     trainer = make_trainer(max_steps=1, utility_weight=0.0, complexity_start=0.0)
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    assert {"answer_loss", "reading_loss", "complexity_loss", "visual_tokens", "tiles"} <= logged
+    assert {"answer_loss", "attention_loss", "complexity_loss", "visual_tokens", "tiles"} <= logged
     assert "utility_loss" not in logged
-    trainer = make_trainer(max_steps=1, complexity_weight=0.0, reading_weight=0.0)
+    trainer = make_trainer(max_steps=1, complexity_weight=0.0, attention_weight=0.0)
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    assert "utility_loss" in logged and not {"complexity_loss", "reading_loss"} & logged
+    assert "utility_loss" in logged and not {"complexity_loss", "attention_loss"} & logged
 
 
-def test_the_estimator_has_a_learning_rate_of_its_own(make_trainer):
-    trainer = make_trainer(learning_rate=1e-3, complexity_learning_rate=0.5, lr_scheduler_type="constant")
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)])
+def test_the_attention_teacher_is_asked_about_its_share_of_a_batch(share, expected, make_trainer, monkeypatch):
+    asked = []
+
+    def listen(model, glance, features, prompt, samples):
+        asked.append(samples)
+        return visual_attention(model, glance, features, prompt, samples)
+
+    monkeypatch.setattr(training.trainer, "visual_attention", listen)
+    make_trainer(max_steps=1, attention_share=share, per_device_train_batch_size=4).train()
+    assert asked == [expected]
+
+
+def test_estimator_and_adapters_have_learning_rates_of_their_own(make_trainer):
+    trainer = make_trainer(
+        learning_rate=1e-3, complexity_learning_rate=0.5, adapter_learning_rate=0.25, lr_scheduler_type="constant"
+    )
     trainer.train()
     rates = {weight: group["lr"] for group in trainer.optimizer.param_groups for weight in group["params"]}
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert set(rates) == set(trained.values())
     for name, weight in trained.items():
-        assert rates[weight] == (0.5 if ".complexity_estimator." in name else 1e-3), name
+        expected = 0.5 if ".complexity_estimator." in name else 0.25 if ".lora_" in name else 1e-3
+        assert rates[weight] == expected, name
 
 
 def test_a_step_lowers_the_losses_of_its_own_batch(make_trainer):
@@ -149,8 +167,9 @@ def test_a_step_lowers_the_losses_of_its_own_batch(make_trainer):
     )
     trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, [0, 1])
     trainer.train()
-    losses = [entry["utility_loss"] for entry in trainer.state.log_history if "utility_loss" in entry]
-    assert losses[-1] < losses[0]
+    for name in ("utility_loss", "attention_loss"):
+        losses = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert losses[-1] < losses[0], name
 
 
 def test_temperature_falls_geometrically(make_trainer):

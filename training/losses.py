@@ -1,4 +1,4 @@
-"""Losses of question-guided selection: where to look, and how much. All work without boxes."""
+"""Losses of question-guided selection: where to look. All work without boxes."""
 
 import torch
 
@@ -22,11 +22,15 @@ def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout
     return -(target * mass.clamp(min=1e-6).log()).sum(1).mean() if several.any() else mass.sum()
 
 
-def quantile_loss(complexity: torch.Tensor, target: torch.Tensor, quantile: float) -> torch.Tensor:
-    """Pinball loss, a scalar: its minimum is the complexity that suffices for the share `quantile` of such questions.
+def attention_loss(match: torch.Tensor, attention: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """Cross entropy between the softmax of the tokens' match and the attention they get, a scalar (after SGL).
 
     Args:
-        complexity, target: `(I,)` in 0 .. 1.
+        match: `(T, P)`, how well the selector finds that each visual token matches the question.
+        attention: `(T, P)`, at least 0; an image without any is left out.
     """
-    short = target - complexity
-    return torch.maximum(quantile * short, (quantile - 1) * short).mean()
+    target = to_images(attention, layout, 0.0).flatten(1)
+    taught = target.sum(1) > 0
+    target = target[taught] / target[taught].sum(1, keepdim=True)
+    match = to_images(match, layout, torch.finfo(match.dtype).min).flatten(1)[taught]
+    return -(target * match.log_softmax(1)).sum(1).mean() if taught.any() else match.sum()

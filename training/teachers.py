@@ -77,6 +77,39 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
 
 
 @torch.no_grad()
+def visual_attention(model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int) -> torch.Tensor:
+    """Attention that question and answer pay to every visual token when all of them are shown, `(T, P)` (SGL).
+
+    Averaged over the heads and summed over the layers, the words of the question and the positions that predict the
+    answer.
+
+    Args:
+        features: `(T, P, D)`, every tile encoded.
+        samples: only the first so many samples are asked, the tokens of the others get 0.
+    """
+    layout, text_model = glance.layout, model.model.text_model
+    embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
+    asking = prompt.labels.roll(-1, dims=1) != -100
+    asking = asking.index_put((layout.image_sample,), asking[layout.image_sample] | glance.question_mask)
+    usual = text_model.config._attn_implementation
+    text_model.set_attn_implementation("eager")  # no other one gives the weights
+    try:
+        attentions = text_model(
+            inputs_embeds=embeds[:samples],
+            attention_mask=prompt.attention_mask[:samples],
+            position_ids=prompt.position_ids[:samples],
+            use_cache=False,
+            output_attentions=True,
+        ).attentions
+    finally:
+        text_model.set_attn_implementation(usual)
+    paid = embeds.new_zeros(embeds.shape[:2], dtype=torch.float32)
+    for layer in attentions:
+        paid[:samples] += torch.einsum("bq,bqk->bk", asking[:samples].float(), layer.float().mean(1))
+    return paid[layout.tile_sample[:, None], layout.token_positions]
+
+
+@torch.no_grad()
 def cheapest_sufficient(
     model,
     glance: Glance,
@@ -86,28 +119,29 @@ def cheapest_sufficient(
     budget: Budget,
     tolerance: float,
 ) -> torch.Tensor:
-    """The lowest complexity at which the answer is as likely as with everything, `(I,)` in 0 .. 1 (VISOR's rule).
+    """The lowest complexity at which the answer is as probable as with everything, `(I,)` int64 (VISOR's rule).
 
-    Every number of tiles between `budget.min_tiles` and `budget.max_tiles` is a rung, with the visual tokens that go
-    with it, chosen by the selector's own ranking: what counts is what this selector needs, not what an oracle would.
+    Tried are the levels that the estimator tells apart, with tiles and visual tokens chosen by the selector's own
+    ranking: what counts is what this selector needs, not what an oracle would. A question that the dense model has no
+    answer to needs nothing: more of the image does not make it more probable.
 
     Args:
         scores: `(T, P)`, the selector's scores of all visual tokens.
-        tolerance: how far the log-likelihood of the answer may lie below that of the dense model.
+        tolerance: how far the probability of the answer, 0 to 1, may lie below that of the dense model.
 
-    Returns 1 where no rung suffices.
+    Returns the number of the level, 0 for complexity 0; the highest where none suffices.
     """
     layout = glance.layout
     every = torch.ones_like(layout.is_global)
     embeds = model.model.embed(prompt.input_ids, layout, features, every)
-    rungs = torch.linspace(0, 1, max(2, budget.max_tiles - budget.min_tiles + 1)).tolist()
+    levels = glance.complexity_logits.shape[1]
     keep = [prompt.attention_mask.bool()]
-    for rung in rungs:
-        complexity = torch.full_like(glance.complexity, rung)
+    for level in range(levels):
+        complexity = torch.full_like(glance.complexity, level / (levels - 1))
         keep.append(hard_positions(model, glance, scores, prompt, budget, complexity))
     samples = torch.arange(len(prompt.input_ids), device=features.device)
     likelihood = answer_log_likelihood(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt)
-    dense, pruned = likelihood.view(len(keep), -1).split([1, len(rungs)])
+    dense, pruned = likelihood.exp().view(len(keep), -1).split([1, levels])
     enough = pruned >= dense - tolerance
-    first = torch.where(enough.any(0), enough.int().argmax(0), len(rungs) - 1)
-    return torch.tensor(rungs, device=features.device)[first][layout.image_sample]
+    first = torch.where(enough.any(0), enough.int().argmax(0), levels - 1)
+    return first[layout.image_sample]

@@ -1,15 +1,17 @@
 """HF Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.selection_qgsa import Prompt, tile_relevance
-from training.losses import quantile_loss, utility_loss
-from training.teachers import answer_log_likelihood, cheapest_sufficient, hard_positions, tile_utility
+from training.losses import attention_loss, utility_loss
+from training.teachers import cheapest_sufficient, tile_utility, visual_attention
 
 
 @dataclass
@@ -19,34 +21,36 @@ class QGSATrainingArguments(TrainingArguments):
     start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
     end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
     answer_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the answer loss through the relaxed selection."}
-    )
-    reading_weight: float = field(
-        default=0.3, metadata={"help": "Weight of the answer loss over what a hard selection keeps; 0 leaves it out."}
+        default=1.0, metadata={"help": "Weight of the answer loss through the relaxed selection."}
     )
     utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
     utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
+    attention_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the attention teacher; 0 leaves it out."}
+    )
+    attention_share: float = field(
+        default=0.25, metadata={"help": "Share of a batch that the attention teacher is asked about: it is costly."}
+    )
     complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
     complexity_learning_rate: float = field(
         default=3e-3, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
     )
-    complexity_quantile: float = field(
-        default=0.9, metadata={"help": "The budget is to suffice for this share of the questions."}
+    adapter_learning_rate: float = field(
+        default=3e-4, metadata={"help": "Learning rate of the LoRA adapters; learning_rate is the selector's."}
     )
     complexity_start: float = field(
         default=0.4,
         metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
     )
     complexity_tolerance: float = field(
-        default=0.05, metadata={"help": "A budget suffices when the answer's log p is at most this far below dense."}
+        default=0.1, metadata={"help": "A budget suffices when the answer's p is at most this far below dense."}
     )
 
 
 class QGSATrainer(Trainer):
-    """Trainer whose loss is the answer's, the utility teacher's (where) and the cheapest budget's (how much).
+    """Trainer whose loss is the answer's, through the relaxed selection of a random budget, and those of the teachers.
 
-    The answer is asked for twice: through the relaxed selection, for the selector, and over what a hard selection of a
-    random budget keeps, for the adapters, which the relaxed one never shows as little as inference does.
+    Utility teaches which tiles to look at, attention which tokens to keep, the cheapest budget how much.
 
     The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
     Raises ValueError for a model without a selection to train, and as soon as a loss is not finite.
@@ -59,14 +63,19 @@ class QGSATrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
 
     def create_optimizer(self, *args, **kwargs):
-        """Trainer's optimizer, with a learning rate of its own for the complexity estimator."""
+        """Trainer's optimizer, with learning rates of their own for the complexity estimator and the adapters."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = {weight for name, weight in self.model.named_parameters() if ".complexity_estimator." in name}
-        for group in list(optimizer.param_groups):
-            moved = [weight for weight in group["params"] if weight in own]
-            if moved:
-                group["params"] = [weight for weight in group["params"] if weight not in own]
-                optimizer.add_param_group({**group, "params": moved, "lr": self.args.complexity_learning_rate})
+        rates = {
+            ".complexity_estimator.": self.args.complexity_learning_rate,
+            ".lora_": self.args.adapter_learning_rate,
+        }
+        for part, rate in rates.items():
+            own = {weight for name, weight in self.model.named_parameters() if part in name}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if weight in own]
+                if moved:
+                    group["params"] = [weight for weight in group["params"] if weight not in own]
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
 
     def progress(self) -> float:
@@ -91,34 +100,32 @@ class QGSATrainer(Trainer):
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
         if self.state.global_step % self.args.logging_steps == 0:
-            tiles, tokens = Budget.of(base.config).resolve(glance.complexity.detach())
+            tiles, tokens = Budget.of(base.config).resolve(glance.complexity)
             budget = {"tiles": tiles.float().mean(), "visual_tokens": tokens.float().mean()}
             self.log({name: round(value.item(), 4) for name, value in (losses | budget).items()})
         return (loss, outputs) if return_outputs else loss
 
     def selection_losses(self, model, inputs, glance, features) -> dict[str, torch.Tensor]:
         """The teachers' losses of a batch, by name; `features` `(T, P, D)` are those of every tile."""
-        args, losses = self.args, {}
+        args, losses, layout = self.args, {}, glance.layout
         prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
         if args.utility_weight:
-            utility = tile_utility(model, glance.layout, features, prompt)
-            mass = tile_relevance(glance.relevance.exp(), glance.layout)
+            utility = tile_utility(model, layout, features, prompt)
+            mass = tile_relevance(glance.relevance.exp(), layout)
             losses["utility_loss"] = args.utility_weight * utility_loss(
-                mass, utility, glance.layout, args.utility_temperature
+                mass, utility, layout, args.utility_temperature
             )
-        every, budget = torch.ones_like(glance.layout.is_global), Budget.of(model.config)
-        with torch.no_grad():
-            scores = model.model.score_tokens(glance, features, every)
-        if args.reading_weight:
-            complexity = torch.rand_like(glance.complexity)
-            keep = hard_positions(model, glance, scores, prompt, budget, complexity)
-            embeds = model.model.embed(prompt.input_ids, glance.layout, features, every)
-            rows = torch.arange(len(keep), device=keep.device)
-            likelihood = answer_log_likelihood(model, rows, keep, embeds, prompt)
-            losses["reading_loss"] = -args.reading_weight * likelihood.sum() / (prompt.labels[:, 1:] != -100).sum()
+        if args.attention_weight:
+            asked = math.ceil(args.attention_share * len(prompt.input_ids))
+            match = model.model.selector.match_tokens(
+                glance.question_state[layout.tile_image], features, layout.is_global
+            )
+            attention = visual_attention(model, glance, features, prompt, asked)
+            losses["attention_loss"] = args.attention_weight * attention_loss(match, attention, layout)
         if args.complexity_weight and self.progress() >= args.complexity_start:
-            target = cheapest_sufficient(model, glance, features, scores, prompt, budget, args.complexity_tolerance)
-            losses["complexity_loss"] = args.complexity_weight * quantile_loss(
-                glance.complexity, target, args.complexity_quantile
-            )
+            with torch.no_grad():
+                scores = model.model.score_tokens(glance, features, torch.ones_like(layout.is_global))
+            budget = Budget.of(model.config)
+            level = cheapest_sufficient(model, glance, features, scores, prompt, budget, args.complexity_tolerance)
+            losses["complexity_loss"] = args.complexity_weight * cross_entropy(glance.complexity_logits, level)
         return losses
