@@ -81,9 +81,9 @@ def rows(systems, questions, processor):
 
 
 def test_exact_match_forgives_case_and_blanks_only():
-    dataset = [{"answer": text} for text in ("star", "Row 1 column 2", "yes", "red", "no")]
+    references = ["star", "Row 1 column 2", "yes", "red", "no"]
     predictions = [" Star\n", "row 1 column 2", "yes.", "dark red", ""]
-    assert exact_match(predictions, dataset).tolist() == [1, 1, 0, 0, 0]
+    assert exact_match(predictions, references).tolist() == [1, 1, 0, 0, 0]
 
 
 def test_an_interval_contains_the_mean_and_narrows():
@@ -164,8 +164,7 @@ def test_the_blank_image_replaces_the_image_and_nothing_else(model, processor, q
             return super().__call__(samples)
 
     monkeypatch.setattr(evaluation, "QuestionCollator", Recorder)
-    for blank in (False, True):
-        answer(System("dense", model, DENSE, blank=blank), questions, processor, 8, 1)
+    answer([System("dense", model, DENSE, blank=blank) for blank in (False, True)], questions, processor, 8, 1)
     seen, blank = shown
     for index in range(8):
         assert seen[index]["image"].tobytes() == questions[index]["image"].tobytes()
@@ -178,8 +177,9 @@ def test_the_blank_image_replaces_the_image_and_nothing_else(model, processor, q
 
 
 def test_answers_are_those_of_generate_whatever_the_batch(model, processor, questions, collate):
-    system = System("qgsa", model)
-    answers = answer(system, questions, processor, batch_size=3, max_new_tokens=4)
+    random = System("random", model, scores=random_scores)
+    beside, answers = answer([random, System("qgsa", model)], questions, processor, batch_size=3, max_new_tokens=4)
+    assert beside.predictions == answer([random], questions, processor, 3, 4)[0].predictions, "company changes nothing"
     for name in ("predictions", "visual_tokens", "tiles", "pointed", "seconds"):
         assert len(getattr(answers, name)) == 8
     for index in range(8):

@@ -64,48 +64,71 @@ class Answers:
     seconds: list[float] = field(default_factory=list)
 
 
-@torch.no_grad()
-def answer(system: System, dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0) -> Answers:
-    """Ask `system` every question of `dataset` through `generate`, greedily.
+def answer(
+    systems: list[System], dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0
+) -> list[Answers]:
+    """Ask every system every question of `dataset` through `generate`, greedily.
 
-    Seconds are those of the model, the batch's divided by its size. `pointed` says whether the highest relevance lies
-    in a box the question is about; None where there is no box, or where the scores are not the selector's.
+    The systems take turns, batch by batch, so that a slow minute of the machine slows them all alike. Seconds are
+    those of the model, the batch's divided by its size.
     """
-    model, answers = system.model.eval(), Answers()
-    collate = QuestionCollator(processor, with_answer=False, image_kwargs=system.image_kwargs)
-    generator = torch.Generator().manual_seed(seed)
-    for start in tqdm(range(0, len(dataset), batch_size), desc=system.name):
+    everything = [Answers() for _ in systems]
+    generators = [torch.Generator().manual_seed(seed) for _ in systems]
+    for start in tqdm(range(0, len(dataset), batch_size), desc=f"{len(systems)} systems"):
         samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        if system.blank:
-            samples = [{**sample, "image": Image.new("RGB", sample["image"].size, (128,) * 3)} for sample in samples]
-        inputs = {name: value.to(model.device) for name, value in collate(samples).items()}
-        layout = layout_of(model.config, inputs["input_ids"])
-        options = dict(system.options)
-        if system.scores is not None:
-            options["visual_token_scores"] = system.scores(layout, generator).to(model.device)
+        shown = {}
+        for system, answers, generator in zip(systems, everything, generators):
+            view = (system.blank, str(system.image_kwargs))
+            if view not in shown:
+                shown[view] = show(system, samples, processor)
+            ask(system, samples, shown[view], processor, max_new_tokens, generator, answers)
+    return everything
 
-        began = time.perf_counter()
-        output = model.generate(
-            **inputs, **options, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-        )
-        seconds = (time.perf_counter() - began) / len(samples)
 
-        texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.predictions += [text.strip() for text in texts]
-        answers.seconds += [seconds] * len(samples)
+def show(system: System, samples: list[dict], processor) -> dict[str, torch.Tensor]:
+    """The inputs of `generate` for `samples` as `system` sees them."""
+    if system.blank:
+        samples = [{**sample, "image": Image.new("RGB", sample["image"].size, (128,) * 3)} for sample in samples]
+    return QuestionCollator(processor, with_answer=False, image_kwargs=system.image_kwargs)(samples)
+
+
+@torch.no_grad()
+def ask(
+    system: System, samples: list[dict], inputs: dict, processor, max_new_tokens: int, generator, answers: Answers
+):
+    """Add to `answers` what `system` says of `samples`.
+
+    `pointed` says whether the highest relevance lies in a box the question is about; None where there is no box, or
+    where the scores are not the selector's.
+    """
+    model = system.model.eval()
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    layout = layout_of(model.config, inputs["input_ids"])
+    options = dict(system.options)
+    if system.scores is not None:
+        options["visual_token_scores"] = system.scores(layout, generator).to(model.device)
+
+    began = time.perf_counter()
+    output = model.generate(
+        **inputs, **options, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+    )
+    seconds = (time.perf_counter() - began) / len(samples)
+
+    texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers.predictions += [text.strip() for text in texts]
+    answers.seconds += [seconds] * len(samples)
+    if "selection" in output:
+        answers.visual_tokens += output.selection.visual_tokens.tolist()
+        answers.tiles += output.selection.tiles.tolist()
+        answers.pointed += [
+            None if system.scores else points_into(output.selection.relevance[row], sample)
+            for row, sample in enumerate(samples)
+        ]
+    else:
         counts = torch.bincount(layout.tile_sample, minlength=len(samples))
-        if "selection" in output:
-            answers.visual_tokens += output.selection.visual_tokens.tolist()
-            answers.tiles += output.selection.tiles.tolist()
-            answers.pointed += [
-                None if system.scores else points_into(output.selection.relevance[row], sample)
-                for row, sample in enumerate(samples)
-            ]
-        else:
-            answers.visual_tokens += (counts * layout.tokens_per_tile).tolist()
-            answers.tiles += (counts - 1).tolist()
-            answers.pointed += [None] * len(samples)
-    return answers
+        answers.visual_tokens += (counts * layout.tokens_per_tile).tolist()
+        answers.tiles += (counts - 1).tolist()
+        answers.pointed += [None] * len(samples)
 
 
 def layout_of(config, input_ids):
@@ -134,9 +157,8 @@ def points_into(relevance: torch.Tensor, sample: dict) -> bool | None:
     return any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in sample["boxes"])
 
 
-def exact_match(predictions: list[str], dataset) -> np.ndarray:
+def exact_match(predictions: list[str], references: list[str]) -> np.ndarray:
     """1 where a prediction is the answer but for case and surrounding blanks, `(n,)` float."""
-    references = [dataset[index]["answer"] for index in range(len(dataset))]
     return np.array([p.strip().lower() == r.strip().lower() for p, r in zip(predictions, references)], float)
 
 
@@ -181,12 +203,13 @@ def make_row(
 
 def evaluate_systems(systems: list[System], dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0):
     """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with."""
-    samples = [dataset[index] for index in range(len(dataset))]
-    families, needed = [s["family"] for s in samples], [s["tiles_needed"] for s in samples]
+    everything = answer(systems, dataset, processor, batch_size, max_new_tokens, seed)
+    samples = (dataset[index] for index in range(len(dataset)))
+    known = [(sample["answer"], sample["family"], sample["tiles_needed"]) for sample in samples]
+    references, families, needed = zip(*known)
     rows, dense = [], None
-    for system in systems:
-        answers = answer(system, dataset, processor, batch_size, max_new_tokens, seed)
-        right = exact_match(answers.predictions, dataset)
+    for system, answers in zip(systems, everything):
+        right = exact_match(answers.predictions, references)
         dense = right if dense is None else dense
         row = make_row(system.name, answers, right, dense, families, needed)
         row["speedup_vs_dense"] = (rows[0] if rows else row)["seconds_median"] / row["seconds_median"]

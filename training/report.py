@@ -83,7 +83,8 @@ def plot_accuracy(rows: list[dict], path: Path):
             capsize=3,
             label=f"{row['system']} (m = {row['tiles_mean']:.1f})",
         )
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("visual tokens kept, mean")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
