@@ -26,15 +26,8 @@ class QGSAProcessor(Idefics3Processor):
 
     _auto_class = "AutoProcessor"
 
-    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        images, text = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        for sample in images or []:
-            for image in sample:
-                check_image(image)
-        return images, text
-
     def __call__(self, images=None, text=None, **kwargs):
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=load_images(images), text=text, **kwargs)
         if images is None or text is None:
             return inputs
         masks = [
@@ -93,6 +86,16 @@ class QGSAProcessor(Idefics3Processor):
         draw_cells(draw, encoded, image.size, ENCODED, 2)
         draw_cells(draw, tiles, image.size, KEPT, 1)
         return drawn
+
+
+def load_images(images):
+    """Load what is given by path or URL, in lists of any depth, and check every image; None stays None."""
+    if isinstance(images, list | tuple):
+        return [load_images(image) for image in images]
+    images = load_image(images) if isinstance(images, str) else images
+    if images is not None:
+        check_image(images)
+    return images
 
 
 def check_image(image):

@@ -108,6 +108,17 @@ def test_images_too_small_or_too_long(processor, size):
             processor(text="<image>what is it?", images=other, return_tensors="pt")
 
 
+def test_images_given_by_path_are_loaded_and_checked(processor, make_image, tmp_path):
+    for image, name in ((make_image(), "image.png"), (Image.new("RGB", (1, 50)), "thin.png")):
+        image.save(tmp_path / name)
+    expected = processor(text="<image>what is it?", images=make_image(), return_tensors="pt")
+    for images in (str(tmp_path / "image.png"), [str(tmp_path / "image.png")], [[str(tmp_path / "image.png")]]):
+        inputs = processor(text="<image>what is it?", images=images, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    with pytest.raises(ValueError, match="image of 1 x 50 px"):
+        processor(text="<image>what is it?", images=[[str(tmp_path / "thin.png")]], return_tensors="pt")
+
+
 @pytest.mark.parametrize("size", [(4, 4), (800, 4), (2000, 10)])
 def test_images_at_the_limit_are_answered(model, processor, size):
     image = Image.new("RGB", size, (200, 30, 90))
@@ -128,7 +139,7 @@ def test_an_empty_question_in_a_batch(prepare, samples):
 
 
 def test_images_and_placeholders_that_do_not_match(processor, make_image):
-    with pytest.raises(ValueError, match=r"2\]? <image> tokens and \[?1\]? images"):
+    with pytest.raises(ValueError, match=r"2\]?.* and.* \[?1\]?"):
         processor(text="<image><image>what?", images=[[make_image()]])
 
 

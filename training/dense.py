@@ -204,10 +204,16 @@ def train_dense(model, processor, args, words: str, tower_samples: int, pictures
     model.model.vision_model.requires_grad_(False)
     validation = Cards("validation", validation_size, args.seed)
     lessons, questions = LessonCollator(processor), QuestionCollator(processor)
+
+    def collate(samples):
+        if isinstance(samples[0], Lesson):
+            return lessons(samples)
+        return questions(samples) | {"use_cache": False}  # Trainer gathers all outputs, and no cache can be gathered
+
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=lambda samples: (lessons if isinstance(samples[0], Lesson) else questions)(samples),
+        data_collator=collate,
         train_dataset=picture_lessons,
         eval_dataset=validation,
         compute_metrics=exact_match_by_family(validation),

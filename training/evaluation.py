@@ -74,14 +74,16 @@ def answer(
     """
     everything = [Answers() for _ in systems]
     generators = [torch.Generator().manual_seed(seed) for _ in systems]
-    for start in tqdm(range(0, len(dataset), batch_size), desc=f"{len(systems)} systems"):
-        samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-        shown = {}
-        for system, answers, generator in zip(systems, everything, generators):
-            view = (system.blank, str(system.image_kwargs))
-            if view not in shown:
-                shown[view] = show(system, samples, processor)
-            ask(system, samples, shown[view], processor, max_new_tokens, generator, answers)
+    with tqdm(total=len(dataset) * len(systems), desc="asking") as progress:
+        for start in range(0, len(dataset), batch_size):
+            samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            shown = {}
+            for system, answers, generator in zip(systems, everything, generators):
+                view = (system.blank, str(system.image_kwargs))
+                if view not in shown:
+                    shown[view] = show(system, samples, processor)
+                ask(system, samples, shown[view], processor, max_new_tokens, generator, answers)
+                progress.update(len(samples))
     return everything
 
 
