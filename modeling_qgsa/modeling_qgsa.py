@@ -66,7 +66,7 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
 class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     """SmolVLM's output, and the `selection` it was made from; logits are those of `selection.keep_indices`.
 
-    In training also the `glance`, whose relevance and complexity carry gradients, for losses on them.
+    In training also the `glance`, whose relevance and complexity logits carry gradients, for losses on them.
     """
 
     selection: QGSASelection | None = None
@@ -137,7 +137,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         """The m best high-resolution tiles of every image, and its global view: `(T,)` bool."""
         layout = glance.layout
         scores = tile_relevance(glance.relevance.exp(), layout) if scores is None else scores.amax(1)
-        keep, _ = keep_top_k(to_images(scores, layout, 0), to_images(~layout.is_global, layout, False), m)
+        keep = keep_top_k(to_images(scores, layout, 0), to_images(~layout.is_global, layout, False), m)
         return keep[layout.tile_image, layout.tile_slot] | layout.is_global
 
     def look(self, glance: Glance, pixel_values, pixel_attention_mask, tiles: torch.BoolTensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class QGSASmolVLMModel(SmolVLMModel):
 
     def keep(self, glance: Glance, scores: torch.Tensor, tiles: torch.BoolTensor, k: torch.Tensor) -> torch.BoolTensor:
         """Step 5: the k best visual tokens of every image among those of the chosen `tiles`: `(T, P)` bool."""
-        keep, _ = keep_top_k(*rank_tokens(scores, tiles, glance.layout), k)
+        keep = keep_top_k(*rank_tokens(scores, tiles, glance.layout), k)
         return to_tiles(keep, glance.layout)
 
     def embed(self, input_ids, layout: VisualLayout, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
@@ -220,7 +220,9 @@ class QGSASmolVLMModel(SmolVLMModel):
 
         embeds = self.embed(prompt.input_ids, layout, features, every)
         where = (layout.tile_sample[:, None], layout.token_positions)
-        log_gates = embeds.new_zeros(embeds.shape[:2]).index_put(where, gates.to(embeds.dtype))
+        markers = torch.where(layout.is_global, 0.0, gates.amax(1))  # go with the last token of their tile
+        log_gates = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
+        log_gates = log_gates.index_put(where, gates).to(embeds.dtype)
         (embeds, mask, positions, log_gates), keep_indices = splice(
             positions_to_keep(prompt.attention_mask, layout, tiles[:, None].expand_as(gates)),
             (embeds, 0.0),

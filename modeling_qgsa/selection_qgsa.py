@@ -292,9 +292,7 @@ def rank_tokens(
     return to_images(everywhere, layout, 0).flatten(1), candidates.flatten(1)
 
 
-def keep_top_k(
-    scores: torch.Tensor, candidates: torch.BoolTensor, k: torch.LongTensor
-) -> tuple[torch.BoolTensor, torch.LongTensor]:
+def keep_top_k(scores: torch.Tensor, candidates: torch.BoolTensor, k: torch.LongTensor) -> torch.BoolTensor:
     """Keep the `k` best candidates of each row; ties go to the first.
 
     Args:
@@ -302,13 +300,13 @@ def keep_top_k(
         candidates: `(rows, n)` bool.
         k: `(rows,)` int64; more than there are keeps all candidates.
 
-    Returns `(keep, order)`: `(rows, n)` bool, and `(rows, n)` int64, the columns from best to worst.
+    Returns keep, `(rows, n)` bool.
     """
     order = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-    return (rank < k[:, None]) & candidates, order
+    return (rank < k[:, None]) & candidates
 
 
 def relaxed_top_k(
@@ -317,7 +315,7 @@ def relaxed_top_k(
     """Log-gates of a relaxed top-k: Gumbel noise on the scores, then a sigmoid around the k-th of them.
 
     As `temperature` falls the gates go to 1 for the `k` best and to 0 for the rest (QGSA's Gumbel-Softmax selector,
-    in its top-k form; Jang et al. 2017). Shapes as in `keep_top_k`; k = 0 shuts all gates.
+    in its top-k form; Jang et al. 2017). Shapes as in `keep_top_k`; k is at least 1.
 
     Returns log g, `(rows, n)`, at most 0; 0 for what is no candidate.
     """
@@ -326,10 +324,9 @@ def relaxed_top_k(
         scores = scores - torch.log(-torch.log(uniform)).to(scores.dtype)
     ordered = scores.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True).values
     count = candidates.sum(1)
-    last = ordered.gather(1, (k - 1).clamp(min=0)[:, None].clamp(max=ordered.shape[1] - 1))
+    last = ordered.gather(1, (k - 1)[:, None].clamp(max=ordered.shape[1] - 1))
     following = ordered.gather(1, k[:, None].clamp(max=ordered.shape[1] - 1))
-    threshold = torch.where((k > 0)[:, None], (last + following) / 2, ordered[:, :1] + 16 * temperature)
-    gates = nn.functional.logsigmoid((scores - threshold) / temperature)
+    gates = nn.functional.logsigmoid((scores - (last + following) / 2) / temperature)
     return gates.masked_fill(~candidates | (k >= count)[:, None], 0.0)
 
 

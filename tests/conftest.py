@@ -118,6 +118,8 @@ def make_model(make_dense, tokenizer):
         model = QGSASmolVLMForConditionalGeneration.from_dense(dense, tokenizer, **fields).eval()
         with torch.no_grad():
             model.model.selector.relevance.weight.mul_(3)
+            model.model.selector.cell_position.normal_()
+            model.model.selector.word_position.normal_()
             torch.manual_seed(4)
             for layer in model.model.complexity_estimator.network[::2]:
                 layer.weight.normal_()

@@ -99,7 +99,14 @@ def test_a_batch_of_single_tiles_has_no_loss_but_a_gradient():
 
 def test_a_tile_without_any_mass_costs_much_and_stays_finite():
     loss = utility_loss(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, -40.0, -INF]), make_layout(2), 0.5)
-    assert 10 < loss.item() < 20
+    assert 50 < loss.item() < 100
+
+
+def test_a_selector_that_is_sure_of_the_wrong_tile_still_learns():
+    logits = torch.tensor([0.0, 20.0], requires_grad=True)
+    mass = torch.cat([logits.softmax(0), torch.zeros(1)])
+    utility_loss(mass, torch.tensor([0.0, -40.0, -INF]), make_layout(2), 0.5).backward()
+    assert logits.grad.tolist() == pytest.approx([-1, 1])
 
 
 # Which tokens

@@ -423,6 +423,16 @@ def test_relaxed_forward_approaches_the_hard_one(attention, make_dense, make_mod
         assert torch.allclose(hard.logits[row, kept >= 0], cold.logits[row, same], atol=1e-2)
 
 
+def test_relaxed_forward_approaches_the_hard_one_where_a_tile_keeps_nothing(trainable, labelled, monkeypatch):
+    monkeypatch.setattr(modeling, "relaxed_top_k", partial(modeling.relaxed_top_k, noise=False))
+    budget = {"min_tiles": 4, "max_tiles": 4, "min_visual_tokens": 3, "max_visual_tokens": 3}
+    with torch.no_grad():
+        cold = trainable(**labelled, **budget, gumbel_temperature=1e-5)
+        hard = trainable.eval()(**labelled, **budget)
+    assert cold.logits.shape[1] > hard.logits.shape[1]
+    assert torch.isclose(cold.loss, hard.loss, atol=1e-3)
+
+
 def test_relaxed_forward_sees_the_chosen_tiles_only(trainable, labelled):
     def logits(pixel_values):
         torch.manual_seed(7)  # the noise of the gates

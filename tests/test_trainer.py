@@ -172,6 +172,26 @@ def test_a_step_lowers_the_losses_of_its_own_batch(make_trainer):
         assert losses[-1] < losses[0], name
 
 
+def test_a_batch_without_an_image_has_the_answer_loss_only(make_trainer, processor):
+    def words_only(samples):
+        ids = processor.tokenizer(["how many cards are there? four"] * len(samples), return_tensors="pt")["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    assert torch.isfinite(torch.tensor(make_trainer(collate=words_only).train().training_loss))
+
+
+def test_the_estimator_has_a_gradient_before_it_is_taught(make_trainer):
+    """DDP waits for one of every weight that was used."""
+    trainer = make_trainer(max_steps=1, complexity_weight=0.0)
+    gradients = {}
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient, name=name: gradients.setdefault(name, gradient.clone()))
+    trainer.train()
+    assert set(gradients) == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert all(not value.any() for name, value in gradients.items() if ".complexity_estimator." in name)
+
+
 def test_temperature_falls_geometrically(make_trainer):
     trainer = make_trainer(start_temperature=2.0, end_temperature=0.02)
     temperatures = []
@@ -197,6 +217,18 @@ def test_the_model_gets_the_temperature_of_its_step(make_trainer):
 def test_dense_has_no_selection_to_train(make_trainer):
     with pytest.raises(ValueError, match='selection is "dense"'):
         make_trainer(fields={"selection": "dense"})
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5])
+def test_an_attention_share_that_is_none(share, make_trainer):
+    with pytest.raises(ValueError, match=f"attention_share is {share}"):
+        make_trainer(attention_share=share)
+
+
+def test_several_gpus_in_one_process(make_trainer, monkeypatch):
+    monkeypatch.setattr(QGSATrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 GPUs in one process"):
+        make_trainer()
 
 
 def test_pixels_that_are_not_numbers_end_the_run_with_an_error(make_trainer, processor):

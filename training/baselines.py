@@ -13,7 +13,7 @@ def random_scores(layout: VisualLayout, generator: torch.Generator) -> torch.Ten
 def centre_scores(layout: VisualLayout, generator: torch.Generator) -> torch.Tensor:
     """Scores that fall with the distance from the centre of the image, `(B, N)`; tiles before the global view."""
     side = round(layout.tokens_per_tile**0.5)
-    steps = (torch.arange(side) + 0.5) / side
+    steps = (torch.arange(side, device=layout.tile_row.device) + 0.5) / side
     squares = []
     for axis, index in enumerate((layout.tile_row, layout.tile_column)):
         parts = layout.grids[layout.tile_image, axis].clamp(min=1)

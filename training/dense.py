@@ -1,7 +1,7 @@
 """Training the tiny dense SmolVLM on cards, in three steps, as the real ones are made.
 
 1. The language model learns to answer from words: in the place of pictures it reads what they show.
-2. The vision tower learns to name what is on single tiles and thumbnails, from captions, in the words of that language
+2. The vision tower learns to name what is on single tiles and thumbnails, in the words of that language
    model: its visual tokens are drawn to the embeddings of what they show.
 3. Tower and language model are joined on pictures, the tower held fixed.
 """
@@ -158,7 +158,7 @@ def train_resumable(trainer: Trainer):
 
 
 def train_tower(model, processor, args, samples: int):
-    """Step 2: train the vision tower and connector of `model` on captions of `samples` single tiles."""
+    """Step 2: train the vision tower and connector of `model` on `samples` tiles and thumbnails."""
     words = [processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in (*COLOURS, *FIGURES)]
     args = stage_arguments(args, "tower", learning_rate=1e-3, per_device_train_batch_size=64)
     tower = Tower(model, words)

@@ -106,10 +106,7 @@ def ask(
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     layout = layout_of(model.config, inputs["input_ids"])
-    options = dict(system.options)
-    if system.scores is not None:
-        options["visual_token_scores"] = system.scores(layout, generator).to(model.device)
-
+    options = options_of(system, layout, generator)
     began = time.perf_counter()
     output = model.generate(
         **inputs, **options, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
@@ -131,6 +128,13 @@ def ask(
         answers.visual_tokens += (counts * layout.tokens_per_tile).tolist()
         answers.tiles += (counts - 1).tolist()
         answers.pointed += [None] * len(samples)
+
+
+def options_of(system: System, layout, generator) -> dict:
+    """What `generate` is given beside the inputs: the options of the system, and its scores where it has some."""
+    if system.scores is None:
+        return system.options
+    return {**system.options, "visual_token_scores": system.scores(layout, generator).to(system.model.device)}
 
 
 def layout_of(config, input_ids):
@@ -226,14 +230,11 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
     """
     generator = torch.Generator().manual_seed(0)
     for row, system in zip(rows, systems):
-        collate = QuestionCollator(processor, with_answer=False, image_kwargs=system.image_kwargs)
         counts = []
         for index in range(min(questions, len(dataset))):
-            inputs = {name: value.to(system.model.device) for name, value in collate([dataset[index]]).items()}
-            options = dict(system.options)
-            if system.scores is not None:
-                layout = layout_of(system.model.config, inputs["input_ids"])
-                options["visual_token_scores"] = system.scores(layout, generator)
+            inputs = show(system, [dataset[index]], processor)
+            inputs = {name: value.to(system.model.device) for name, value in inputs.items()}
+            options = options_of(system, layout_of(system.model.config, inputs["input_ids"]), generator)
             counts.append(count_flops(system.model, inputs, max_new_tokens, **options))
         row["flops"] = {part: float(np.mean([count[part] for count in counts])) for part in counts[0]}
         row["flops"]["cross_modal_attention"] = None

@@ -13,13 +13,13 @@ def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout
         utility: `(T,)`, log-likelihood of the answer given that tile; -inf for global views.
         temperature: of the softmax over an image's tiles; below it a difference counts as noise.
 
-    Images of a single tile have nothing to choose and count 0.
+    Images of a single tile have nothing to choose and are left out.
     """
     target = to_images(utility, layout, float("-inf"))
     several = target.isfinite().any(1)
     target = (target[several] / temperature).softmax(1)
     mass = to_images(mass, layout, 0.0)[several]
-    return -(target * mass.clamp(min=1e-6).log()).sum(1).mean() if several.any() else mass.sum()
+    return -(target * mass.clamp(min=1e-30).log()).sum(1).mean() if several.any() else mass.sum()
 
 
 def attention_loss(match: torch.Tensor, attention: torch.Tensor, layout: VisualLayout) -> torch.Tensor:

@@ -69,7 +69,9 @@ class RunArguments:
     words: str = field(
         default="2x2:9600 2x2,3x3,4x4,4x4:12800", metadata={"help": "Task dense: lessons in words, canvases:lessons."}
     )
-    tower_samples: int = field(default=160_000, metadata={"help": "Task dense: single tiles for the vision tower."})
+    tower_samples: int = field(
+        default=160_000, metadata={"help": "Task dense: tiles and thumbnails for the vision tower."}
+    )
     pictures: str = field(default="4x4:8000", metadata={"help": "Task dense: lessons on pictures, canvases:lessons."})
     validation_size: int = field(default=400, metadata={"help": "Task dense: validation questions."})
 

@@ -122,12 +122,12 @@ def cheapest_sufficient(
     """The lowest complexity at which the answer is as probable as with everything, `(I,)` int64 (VISOR's rule).
 
     Tried are the levels that the estimator tells apart, with tiles and visual tokens chosen by the selector's own
-    ranking: what counts is what this selector needs, not what an oracle would. A question that the dense model has no
-    answer to needs nothing: more of the image does not make it more probable.
+    ranking: what counts is what this selector needs, not what an oracle would. Probabilities are those of a token of
+    the answer, the geometric mean, so that long answers are not all improbable.
 
     Args:
         scores: `(T, P)`, the selector's scores of all visual tokens.
-        tolerance: how far the probability of the answer, 0 to 1, may lie below that of the dense model.
+        tolerance: how far that probability, 0 to 1, may lie below that of the dense model.
 
     Returns the number of the level, 0 for complexity 0; the highest where none suffices.
     """
@@ -141,7 +141,8 @@ def cheapest_sufficient(
         keep.append(hard_positions(model, glance, scores, prompt, budget, complexity))
     samples = torch.arange(len(prompt.input_ids), device=features.device)
     likelihood = answer_log_likelihood(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt)
-    dense, pruned = likelihood.exp().view(len(keep), -1).split([1, levels])
+    tokens = (prompt.labels[:, 1:] != -100).sum(1).clamp(min=1)
+    dense, pruned = (likelihood.view(len(keep), -1) / tokens).exp().split([1, levels])
     enough = pruned >= dense - tolerance
     first = torch.where(enough.any(0), enough.int().argmax(0), levels - 1)
     return first[layout.image_sample]

@@ -43,7 +43,8 @@ class QGSATrainingArguments(TrainingArguments):
         metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
     )
     complexity_tolerance: float = field(
-        default=0.1, metadata={"help": "A budget suffices when the answer's p is at most this far below dense."}
+        default=0.1,
+        metadata={"help": "A budget suffices when the mean p of the answer's tokens is at most this far below dense."},
     )
 
 
@@ -53,12 +54,19 @@ class QGSATrainer(Trainer):
     Utility teaches which tiles to look at, attention which tokens to keep, the cheapest budget how much.
 
     The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
-    Raises ValueError for a model without a selection to train, and as soon as a loss is not finite.
+    Raises ValueError for a model without a selection to train, an `attention_share` that is none, several GPUs in one
+    process, and as soon as a loss is not finite.
     """
 
     def __init__(self, model, args: QGSATrainingArguments, **kwargs):
         if model.config.selection == "dense":
             raise ValueError('selection is "dense": the trainer has no selection to train')
+        if not 0 < args.attention_share <= 1:
+            raise ValueError(f"attention_share is {args.attention_share}: it has to be above 0 and at most 1")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one each with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
 
@@ -91,12 +99,15 @@ class QGSATrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, gumbel_temperature=self.temperature())
+        if outputs.glance is None:  # no image in the whole batch
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         losses = {"answer_loss": self.args.answer_weight * outputs.loss}
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
         glance, features = outputs.glance, outputs.image_hidden_states
         losses |= self.selection_losses(base, inputs, glance, features)
-        loss = sum(losses.values())
+        # The estimator is used before it is taught, and DDP waits for a gradient of all that was used.
+        loss = sum(losses.values()) + 0 * glance.complexity_logits.sum()
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
         if self.state.global_step % self.args.logging_steps == 0:
