@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 
 import training.trainer
@@ -117,6 +118,24 @@ def test_merged_adapters_keep_the_dense_weights_but_for_attention(make_trainer, 
     assert "model.text_model.layers.0.self_attn.q_proj.weight" in differs
     for name in differs:
         assert any(part in name for part in (*OWN, "text_model.layers.0.self_attn", "text_model.layers.1.self_attn"))
+
+
+def test_adapters_saved_and_loaded_and_merged_answer_alike(make_trainer, make_model, batch, tmp_path):
+    fields = {"min_tiles": 1, "max_tiles": 2, "max_visual_tokens": 32}
+    trainer = make_trainer(max_steps=3, fields=fields)
+    trainer.train()
+    tuned = trainer.model.eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(**fields), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected, fresh = tuned(**batch), make_model(**fields)(**batch)
+        assert not torch.equal(fresh.selection.relevance, expected.selection.relevance)
+        found = loaded(**batch)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.allclose(found.selection.relevance, expected.selection.relevance, atol=1e-6)
+        merged = loaded.merge_and_unload()(**batch)
+    assert torch.equal(merged.selection.kept_tokens, expected.selection.kept_tokens)
+    assert torch.allclose(merged.logits, expected.logits, atol=1e-4)
 
 
 def test_every_loss_is_logged_with_its_weight(make_trainer):
