@@ -36,6 +36,7 @@ from .selection_qgsa import (
     describe_selection,
     find_question,
     gated_attention_mask,
+    gates_of_positions,
     keep_top_k,
     positions_to_keep,
     rank_tokens,
@@ -219,16 +220,12 @@ class QGSASmolVLMModel(SmolVLMModel):
         gates = to_tiles(relaxed_top_k(*rank_tokens(scores, tiles, layout), k, temperature), layout)
 
         embeds = self.embed(prompt.input_ids, layout, features, every)
-        where = (layout.tile_sample[:, None], layout.token_positions)
-        markers = torch.where(layout.is_global, 0.0, gates.amax(1))  # go with the last token of their tile
-        log_gates = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
-        log_gates = log_gates.index_put(where, gates).to(embeds.dtype)
         (embeds, mask, positions, log_gates), keep_indices = splice(
             positions_to_keep(prompt.attention_mask, layout, tiles[:, None].expand_as(gates)),
             (embeds, 0.0),
             (prompt.attention_mask, 0),
             (prompt.position_ids, 0),
-            (log_gates, 0.0),
+            (gates_of_positions(gates, layout).to(embeds.dtype), 0.0),
         )
         mask = gated_attention_mask(mask, log_gates)
         selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)

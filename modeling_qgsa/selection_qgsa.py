@@ -341,6 +341,17 @@ def complexity_at(logits: torch.Tensor, quantile: float) -> torch.Tensor:
     return level / highest
 
 
+def gates_of_positions(gates: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """Log-gates of all positions, `(B, L)`, from those of the visual tokens, `(T, P)`.
+
+    The markers of a tile are as open as its most open token, since they go with the last one that is kept; text and
+    the markers of global views stay, with a log-gate of 0.
+    """
+    markers = torch.where(layout.is_global, 0.0, gates.amax(1))
+    positions = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
+    return positions.index_put((layout.tile_sample[:, None], layout.token_positions), gates)
+
+
 def gated_attention_mask(attention_mask: torch.Tensor, log_gates: torch.Tensor) -> torch.Tensor:
     """Causal mask with an additive `log g` on the keys, `(B, 1, L, L)`.
 

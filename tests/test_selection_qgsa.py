@@ -7,6 +7,7 @@ from modeling_qgsa.selection_qgsa import (
     complexity_at,
     find_question,
     gated_attention_mask,
+    gates_of_positions,
     keep_top_k,
     positions_to_keep,
     read_layout,
@@ -194,6 +195,23 @@ def test_relaxed_top_k_has_a_gradient_that_a_shift_of_all_scores_does_not_change
     assert scores.grad[0].abs().max() > 0.1
     assert scores.grad[0].sum().abs() < 1e-5
     assert (scores.grad[1] == 0).all()
+
+
+def test_gates_of_positions_shut_the_markers_with_their_tile():
+    one_by_two = [1, 7] + image_block(1, 2, 4) + [8, 9, END, 5]
+    layout = read(prompts(one_by_two))
+    gates = -torch.arange(1.0, 13.0).view(3, 4)
+    found = gates_of_positions(gates, layout)
+    expected = torch.zeros(1, len(one_by_two))
+    for tile in range(3):
+        start = int(layout.tile_start[tile])
+        expected[0, start : start + 4] = gates[tile]
+    markers = (layout.tile_of_position[0] >= 0) & (expected[0] == 0)
+    for position in markers.nonzero()[:, 0].tolist():
+        tile = int(layout.tile_of_position[0, position])
+        expected[0, position] = (-1.0, -5.0, 0.0)[tile]
+    assert markers.sum() >= 6
+    assert torch.equal(found, expected)
 
 
 def test_gated_attention_mask_weighs_the_keys_by_their_gates():
