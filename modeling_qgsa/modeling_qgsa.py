@@ -30,8 +30,9 @@ from .selection_qgsa import (
     Prompt,
     QGSASelection,
     SelectedInputs,
+    Views,
     VisualLayout,
-    check_pixels,
+    check_views,
     complexity_at,
     describe_selection,
     find_question,
@@ -99,14 +100,16 @@ class QGSASmolVLMModel(SmolVLMModel):
         if isinstance(module, QuestionGuidedSelector):
             module.init_weights()
 
-    def encode_tiles(self, pixel_values, pixel_attention_mask, layout: VisualLayout, tiles) -> torch.Tensor:
+    def encode_tiles(self, views: Views, layout: VisualLayout, tiles: torch.BoolTensor) -> torch.Tensor:
         """Encode the tiles chosen by `tiles` (`(T,)` bool) and no other: `(n, P, D)`."""
+        if views.features is not None:
+            return views.features[tiles]
         where = (layout.tile_sample[tiles], layout.tile_ordinal[tiles])
-        pixel_mask = None if pixel_attention_mask is None else pixel_attention_mask[where][None]
-        features = self.get_image_features(pixel_values[where][None], pixel_mask, return_dict=True).pooler_output
+        pixel_mask = None if views.pixel_attention_mask is None else views.pixel_attention_mask[where][None]
+        features = self.get_image_features(views.pixel_values[where][None], pixel_mask, return_dict=True).pooler_output
         return torch.cat(list(features)).view(-1, layout.tokens_per_tile, self.config.text_config.hidden_size)
 
-    def glance_and_point(self, prompt: Prompt, pixel_values, pixel_attention_mask=None, question_mask=None) -> Glance:
+    def glance_and_point(self, prompt: Prompt, views: Views, question_mask=None) -> Glance:
         """Steps 1 to 3: read the layout, encode the global views, ask the selector."""
         config = self.config
         layout = read_layout(
@@ -116,7 +119,7 @@ class QGSASmolVLMModel(SmolVLMModel):
             config.global_image_token_id,
             config.tile_token_ids,
         )
-        check_pixels(pixel_values, layout)
+        check_views(views, layout)
         readable = prompt.attention_mask.bool() & (layout.tile_of_position < 0) & (prompt.labels == -100)
         if question_mask is None:
             question_mask = find_question(prompt.input_ids, readable, config.end_of_utterance_token_id)
@@ -127,7 +130,7 @@ class QGSASmolVLMModel(SmolVLMModel):
                 f"sample {sample} has no question to select by: of its {prompt.input_ids.shape[1]} positions "
                 f"{int((prompt.labels[sample] != -100).sum())} are labelled, and 0 are text of the question"
             )
-        glance = self.encode_tiles(pixel_values, pixel_attention_mask, layout, layout.is_global)
+        glance = self.encode_tiles(views, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         relevance, question_state = self.selector(question, question_mask, glance)
         levels = self.complexity_estimator(question, question_mask, glance)
@@ -141,14 +144,14 @@ class QGSASmolVLMModel(SmolVLMModel):
         keep = keep_top_k(to_images(scores, layout, 0), to_images(~layout.is_global, layout, False), m)
         return keep[layout.tile_image, layout.tile_slot] | layout.is_global
 
-    def look(self, glance: Glance, pixel_values, pixel_attention_mask, tiles: torch.BoolTensor) -> torch.Tensor:
+    def look(self, glance: Glance, views: Views, tiles: torch.BoolTensor) -> torch.Tensor:
         """Step 4: features of the chosen `tiles`, `(n, P, D)`; the global views among them are not encoded again."""
         layout = glance.layout
         features = glance.features.new_zeros(len(tiles), *glance.features.shape[1:])
         features = features.index_put((layout.is_global,), glance.features)
         new = tiles & ~layout.is_global
         if new.any():
-            features = features.index_put((new,), self.encode_tiles(pixel_values, pixel_attention_mask, layout, new))
+            features = features.index_put((new,), self.encode_tiles(views, layout, new))
         return features[tiles]
 
     def score_tokens(self, glance: Glance, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
@@ -169,17 +172,17 @@ class QGSASmolVLMModel(SmolVLMModel):
         return embeds.index_put(where, features.to(embeds.dtype))
 
     def select_inputs(
-        self, budget: Budget, prompt: Prompt, pixel_values, pixel_attention_mask=None, question_mask=None, scores=None
+        self, budget: Budget, prompt: Prompt, views: Views, question_mask=None, scores=None
     ) -> SelectedInputs:
         """The whole prefill, steps 1 to 6. `scores` `(B, N)` replace those of the selector."""
-        glance = self.glance_and_point(prompt, pixel_values, pixel_attention_mask, question_mask)
+        glance = self.glance_and_point(prompt, views, question_mask)
         layout, (m, k) = glance.layout, budget.resolve(glance.complexity)
         given = None if scores is None else scores_of_tiles(scores, layout)
 
         tiles = torch.ones_like(layout.is_global)
         if budget.selection == "before_encoder":
             tiles = self.choose_tiles(glance, m, given)
-        features = self.look(glance, pixel_values, pixel_attention_mask, tiles)
+        features = self.look(glance, views, tiles)
         kept = self.keep(
             glance, self.score_tokens(glance, features, tiles) if given is None else given[tiles], tiles, k
         )
@@ -195,13 +198,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         return SelectedInputs(embeds, mask, positions, selection, glance, features)
 
     def relax_inputs(
-        self,
-        budget: Budget,
-        prompt: Prompt,
-        pixel_values,
-        pixel_attention_mask=None,
-        question_mask=None,
-        temperature=1.0,
+        self, budget: Budget, prompt: Prompt, views: Views, question_mask=None, temperature=1.0
     ) -> SelectedInputs:
         """The prefill in training: random budgets, and a gate on the attention keys in the place of top-k.
 
@@ -210,10 +207,10 @@ class QGSASmolVLMModel(SmolVLMModel):
         gradients of the answer reach the selector through the gates. All tiles are encoded, for the teachers. The
         selection that is reported is the hard one that the same scores make.
         """
-        glance = self.glance_and_point(prompt, pixel_values, pixel_attention_mask, question_mask)
+        glance = self.glance_and_point(prompt, views, question_mask)
         layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
         every = torch.ones_like(layout.is_global)
-        features = self.look(glance, pixel_values, pixel_attention_mask, every)
+        features = self.look(glance, views, every)
         tiles = self.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
         scores = self.score_tokens(glance, features[tiles], tiles)
         kept = self.keep(glance, scores, tiles, k)
@@ -244,13 +241,17 @@ class QGSASmolVLMModel(SmolVLMModel):
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
         gumbel_temperature: float | None = None,
         selection: str | None = None,
         **kwargs,
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector here."""
         budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
-        if pixel_values is None or inputs_embeds is not None or budget.selection == "dense":
+        views = Views(pixel_values, pixel_attention_mask, image_hidden_states)
+        if budget.selection == "dense" and image_hidden_states is not None:
+            raise ValueError('selection is "dense": it takes pixel_values, image_hidden_states are for the selector')
+        if views.are_none or inputs_embeds is not None or budget.selection == "dense":
             outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -266,11 +267,9 @@ class QGSASmolVLMModel(SmolVLMModel):
         prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
         if self.training and visual_token_scores is None:
             temperature = self.config.gumbel_temperature if gumbel_temperature is None else gumbel_temperature
-            inputs = self.relax_inputs(budget, prompt, pixel_values, pixel_attention_mask, question_mask, temperature)
+            inputs = self.relax_inputs(budget, prompt, views, question_mask, temperature)
         else:
-            inputs = self.select_inputs(
-                budget, prompt, pixel_values, pixel_attention_mask, question_mask, visual_token_scores
-            )
+            inputs = self.select_inputs(budget, prompt, views, question_mask, visual_token_scores)
         outputs = super().forward(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,
@@ -362,6 +361,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         labels: torch.LongTensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
         gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
@@ -377,6 +377,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             question_mask: `(B, L)` bool or int, the tokens of the question; by default the last turn of the user.
             visual_token_scores: `(B, N)` float, scores of all visual tokens in prompt order that replace the
                 selector's. A tile's score is the highest of its tokens.
+            image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, in the place of
+                `pixel_values` where they are known; not for "dense".
             gumbel_temperature: of the relaxed selection; `config.gumbel_temperature` by default.
             selection, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config for this call.
 
@@ -393,6 +395,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             labels=labels,
             question_mask=question_mask,
             visual_token_scores=visual_token_scores,
+            image_hidden_states=image_hidden_states,
             gumbel_temperature=gumbel_temperature,
             selection=selection,
             **kwargs,
@@ -437,9 +440,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         if budget.selection == "dense":
             raise ValueError('selection is "dense": there is nothing to select, choose one of the other variants')
         prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
-        return self.model.select_inputs(
-            budget, prompt, pixel_values, pixel_attention_mask, question_mask, visual_token_scores
-        ).selection
+        views = Views(pixel_values, pixel_attention_mask)
+        return self.model.select_inputs(budget, prompt, views, question_mask, visual_token_scores).selection
 
     @torch.no_grad()
     def generate(
@@ -473,8 +475,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         selected = self.model.select_inputs(
             budget,
             Prompt.of(input_ids, attention_mask, position_ids),
-            pixel_values,
-            pixel_attention_mask,
+            Views(pixel_values, pixel_attention_mask),
             question_mask,
             visual_token_scores,
         )

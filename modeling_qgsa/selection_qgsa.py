@@ -60,6 +60,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Views:
+    """What there is to look at: the pixels of all tiles, or the features of all tiles where they are known.
+
+    Args:
+        pixel_values: `(B, tiles, 3, H, W)`.
+        pixel_attention_mask: `(B, tiles, H, W)`.
+        features: `(T, P, D)`.
+    """
+
+    pixel_values: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+    @property
+    def are_none(self) -> bool:
+        return self.pixel_values is None and self.features is None
+
+
+@dataclass(frozen=True)
 class VisualLayout:
     """Where the tiles of a batch stand in its prompts.
 
@@ -395,12 +414,19 @@ def splice(
     return taken, keep_indices
 
 
-def check_pixels(pixel_values: torch.Tensor, layout: VisualLayout):
-    """Raise ValueError unless `pixel_values` `(B, tiles, 3, H, W)` holds exactly the tiles of the layout, all finite.
+def check_views(views: Views, layout: VisualLayout):
+    """Raise ValueError unless the views are exactly the tiles of the layout, with finite pixels.
 
     Tiles that are zero throughout are padding, as in the stock model.
     """
-    samples = layout.tile_of_position.shape[0]
+    if views.features is not None:
+        if views.features.shape[:2] != (len(layout.tile_row), layout.tokens_per_tile):
+            raise ValueError(
+                f"image_hidden_states has shape {tuple(views.features.shape)}: the prompts have placeholders for "
+                f"{len(layout.tile_row)} tiles of {layout.tokens_per_tile} visual tokens"
+            )
+        return
+    pixel_values, samples = views.pixel_values, layout.tile_of_position.shape[0]
     if pixel_values.dim() != 5 or len(pixel_values) != samples:
         raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: expected {samples} x tiles x 3 x H x W")
     size = pixel_values.abs().flatten(2).sum(-1, dtype=torch.float32)

@@ -656,3 +656,27 @@ def test_a_budget_out_of_range(model, broken, overrides, message):
 def test_dense_selects_nothing(model, broken):
     with pytest.raises(ValueError, match='selection is "dense": there is nothing to select'):
         model.select(**broken, selection="dense")
+
+
+# Features in the place of pixels
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
+def test_features_in_the_place_of_pixels_answer_alike(selection, model, batch, tiles_encoded):
+    with torch.no_grad():
+        features = model(**batch, selection="after_encoder").image_hidden_states
+        expected = model(**batch, selection=selection)
+        inputs = {name: value for name, value in batch.items() if not name.startswith("pixel")}
+        with tiles_encoded(model) as counts:
+            found = model(**inputs, image_hidden_states=features, selection=selection)
+    assert counts == []
+    assert torch.equal(found.selection.kept_tokens, expected.selection.kept_tokens)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+
+
+def test_features_of_other_tiles_are_refused(model, batch):
+    inputs = {name: value for name, value in batch.items() if not name.startswith("pixel")}
+    with pytest.raises(ValueError, match="image_hidden_states has shape"):
+        model(**inputs, image_hidden_states=torch.zeros(3, 16, 32))
+    with pytest.raises(ValueError, match="it takes pixel_values"):
+        model(**inputs, image_hidden_states=torch.zeros(3, 16, 32), selection="dense")

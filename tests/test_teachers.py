@@ -7,7 +7,7 @@ import torch
 
 import training.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Prompt, positions_to_keep
+from modeling_qgsa.selection_qgsa import Prompt, Views, positions_to_keep
 from training.data.collator import QuestionCollator
 from training.teachers import (
     answer_log_likelihood,
@@ -40,11 +40,10 @@ def encode(model, batch):
     """`(glance, features, prompt)` of a batch, every tile encoded."""
     prompt = Prompt.of(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
     with torch.no_grad():
-        glance = model.model.glance_and_point(
-            prompt, batch["pixel_values"], batch.get("pixel_attention_mask"), batch.get("question_mask")
-        )
+        views = Views(batch["pixel_values"], batch.get("pixel_attention_mask"))
+        glance = model.model.glance_and_point(prompt, views, batch.get("question_mask"))
         every = torch.ones_like(glance.layout.is_global)
-        features = model.model.look(glance, batch["pixel_values"], batch.get("pixel_attention_mask"), every)
+        features = model.model.look(glance, views, every)
     return glance, features, prompt
 
 

@@ -1,0 +1,85 @@
+"""Tensors on disk by key, for what a frozen network says of an image: computed once, read ever after."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load, save
+
+
+class TensorStore:
+    """A folder of tensors that came from one maker. Safe under several processes, and bounded.
+
+    What no longer fits is not kept, and what is there stays: when epochs go through the images in turn, making room
+    for the newest would throw each one out just before it is asked for again.
+
+    Args:
+        folder: made where there is none.
+        maker: what the tensors depend on, such as hashes of the model and the processor.
+        max_bytes: of all tensors together.
+
+    Raises ValueError, naming the field and both values, for a folder of another maker, which is left as it is.
+    """
+
+    def __init__(self, folder: str | Path, maker: dict[str, str], max_bytes: int):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        with self.lock:
+            self._check_maker(maker)
+            self._write_size(sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors")))
+
+    def _check_maker(self, maker: dict[str, str]):
+        path = self.folder / "maker.json"
+        if not path.exists():
+            if any(self.folder.glob("*/*")):
+                raise ValueError(f"{self.folder} holds files and no maker.json: it is no store, choose another folder")
+            replace_file(path, json.dumps(maker, indent=2).encode())
+        found = json.loads(path.read_text())
+        for field in sorted(set(found) | set(maker)):
+            if found.get(field) != maker.get(field):
+                raise ValueError(
+                    f"{self.folder} was made with {field} {found.get(field)}, this run has {maker.get(field)}: choose "
+                    "another folder, or remove this one"
+                )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _write_size(self, size: int):
+        (self.folder / "size").write_text(str(size))
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """The tensor, on the CPU; None where there is none."""
+        path = self._path(key)
+        return load(path.read_bytes())["tensor"] if path.exists() else None
+
+    def put(self, key: str, tensor: torch.Tensor):
+        """Keep a tensor, if it is new and there is room."""
+        content, path = save({"tensor": tensor.detach().cpu().contiguous()}), self._path(key)
+        with self.lock:
+            size = int((self.folder / "size").read_text()) + len(content)
+            if size > self.max_bytes or path.exists():
+                return
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, content)
+            self._write_size(size)
+
+
+def replace_file(path: Path, content: bytes):
+    """Write a file in one step: whoever reads it meanwhile finds the old one or the new one, never a part."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of shapes, types and values."""
+    seen = hashlib.sha256()
+    for tensor in tensors:
+        seen.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()
