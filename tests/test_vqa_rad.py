@@ -225,7 +225,7 @@ def test_items_have_the_form_of_a_cards_sample(folder):
     del first["image"]
     assert first == {
         "question_id": 1,
-        "question": "Is it there?",
+        "question": "Is it there?\nGive a very brief answer.",
         "answer": "Yes",
         "choices": [],
         "family": "closed",
@@ -237,6 +237,13 @@ def test_items_have_the_form_of_a_cards_sample(folder):
     assert samples[1]["image"].mode == "RGB"  # a grey JPEG
     with pytest.raises(IndexError, match="10"):
         samples[10]
+
+
+def test_the_answer_does_not_decide_the_prompt(folder):
+    samples = load_vqa_rad(folder, "train")
+    assert {sample["question"].split("\n", 1)[1] for sample in samples} == {"Give a very brief answer."}
+    assert {sample["family"] for sample in samples} == {"closed", "open"}
+    assert [row["question"] for row in samples.rows][:2] == ["Is it there?", "What is this?"]  # the set's own words
 
 
 def test_items_fit_the_features_of_the_cards(folder):
@@ -384,7 +391,7 @@ def test_hub_schema(hub):
     assert train[1]["image"].getpixel((0, 0)) == (0, 0, 255)
     assert (train[2]["image"].mode, train[2]["image"].size) == ("RGB", (30, 20))
     assert train.rows[0]["image_name"] == test.rows[0]["image_name"]
-    assert pickle.loads(pickle.dumps(test))[0]["question"] == "is it blue?"
+    assert pickle.loads(pickle.dumps(test))[0]["question"] == "is it blue?\nGive a very brief answer."
 
 
 @pytest.mark.parametrize("seed", range(8))

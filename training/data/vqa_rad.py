@@ -11,29 +11,28 @@ about the same image. `by="image"` splits the same rows so that no image is in b
 """
 
 import hashlib
-import io
 import json
-import logging
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import datasets
-import torch
 from PIL import Image
 
+from training.data.rows import (
+    BRIEF_ANSWER,
+    Questions,
+    TableImages,
+    load_table,
+    plain_text,
+    report_skipped,
+    usable_rows,
+)
 
-logger = logging.getLogger(__name__)
 
 HUB_ID = "flaviagiammarino/vqa-rad"
 SPLITS = ("train", "test")
 SPLIT_FILES = {"train": "trainset.json", "test": "testset.json"}
 TEST_PERCENT = 15  # of the images, where the split is by image
-
-# What a damaged picture makes PIL raise: SyntaxError comes from its PNG reader.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def image_split(image_name: str, seed: int = 0) -> str:
@@ -54,11 +53,6 @@ def answer_family(answer: str, answer_type: str = "") -> str:
     if answer_type in ("CLOSED", "OPEN"):
         return answer_type.lower()
     return "closed" if answer.strip(" .").lower() in ("yes", "no") else "open"
-
-
-def _text(value) -> str:
-    """A JSON value as stripped text: `None` is empty, the number 4 is "4"."""
-    return "" if value is None else str(value).strip()
 
 
 def _folder_image(images: Path, image_name: str) -> Path:
@@ -89,37 +83,14 @@ def _read_folder(folder: Path) -> tuple[list[dict], Callable]:
             rows.append(
                 {
                     "question_id": entry.get("qid"),
-                    "image_name": _text(entry.get("image_name")),
-                    "question": _text(entry.get("question")),
-                    "answer": _text(entry.get("answer")),
-                    "answer_type": _text(entry.get("answer_type")),
+                    "image_name": plain_text(entry.get("image_name")),
+                    "question": plain_text(entry.get("question")),
+                    "answer": plain_text(entry.get("answer")),
+                    "answer_type": plain_text(entry.get("answer_type")),
                     "split": split,
                 }
             )
     return rows, partial(_folder_image, images)
-
-
-@dataclass
-class _HubImages:
-    """Finds an encoded image by its digest in the tables it came from, which stay on disk."""
-
-    tables: dict[str, datasets.Dataset]
-    places: dict[str, tuple[str, int]]
-
-    def __call__(self, image_name: str) -> io.BytesIO:
-        if image_name not in self.places:
-            raise FileNotFoundError("VQA-RAD: the row has no image")
-        split, index = self.places[image_name]
-        return io.BytesIO(_encoded(self.tables[split][index]["image"]))
-
-
-def _encoded(image: dict | None) -> bytes:
-    """The bytes of an undecoded `datasets.Image` value, which holds either them or a path; empty for no image."""
-    if image is None:
-        return b""
-    if image["bytes"] is None and image["path"] and Path(image["path"]).is_file():
-        return Path(image["path"]).read_bytes()
-    return image["bytes"] or b""
 
 
 def _read_hub() -> tuple[list[dict], Callable]:
@@ -131,99 +102,46 @@ def _read_hub() -> tuple[list[dict], Callable]:
     The Hub set names neither questions nor images: the position in train then test stands for the one, the digest of
     the encoded image for the other.
     """
-    rows, tables, places = [], {}, {}
+    rows, find_image = [], TableImages()
     for split in SPLITS:
-        # Left encoded: decoding here would cost as much as a pass over the set, and stop at the first broken image.
-        table = datasets.load_dataset(HUB_ID, split=split).cast_column("image", datasets.Image(decode=False))
-        tables[split] = table
-        for index, entry in enumerate(table):
-            encoded = _encoded(entry["image"])
-            name = hashlib.sha256(encoded).hexdigest() if encoded else ""
-            if encoded:
-                places.setdefault(name, (split, index))
+        table = load_table("VQA-RAD", HUB_ID, None, split, ("image", "question", "answer"))
+        for entry in find_image.read(split, table):
             rows.append(
                 {
                     "question_id": len(rows),
-                    "image_name": name,
-                    "question": _text(entry["question"]),
-                    "answer": _text(entry["answer"]),
+                    "image_name": entry["image_name"],
+                    "question": plain_text(entry["question"]),
+                    "answer": plain_text(entry["answer"]),
                     "answer_type": "",
                     "split": split,
                 }
             )
-    return rows, _HubImages(tables, places)
+    return rows, find_image
 
 
-def _image_problem(find_image: Callable, image_name: str) -> str | None:
-    """`"missing image"`, `"broken image"` or None. Reads the whole file: a header says nothing of a cut-off end."""
-    try:
-        with Image.open(find_image(image_name)) as image:
-            # Lets a JPEG be read at an eighth of its size, which is faster and still goes through all of its data.
-            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
-    except FileNotFoundError:
-        return "missing image"
-    except IMAGE_ERRORS:
-        return "broken image"
-    return None
+def _row_problem(row: dict, size: tuple[int, int] | None) -> str | None:
+    if type(row["question_id"]) is not int:
+        return "no question id"
+    if not row["question"]:
+        return "empty question"
+    return None if row["answer"] else "empty answer"
 
 
-def _usable_rows(rows: list[dict], find_image: Callable) -> tuple[list[dict], dict[str, int]]:
-    """The rows that make a sample, and how many others there are for each reason; a row counts under one reason."""
-    usable, skipped, image_problems = [], Counter(), {}
-    for row in rows:
-        name = row["image_name"]
-        if name not in image_problems:
-            image_problems[name] = _image_problem(find_image, name)
-        problem = image_problems[name]
-        if type(row["question_id"]) is not int:
-            problem = "no question id"
-        elif not row["question"]:
-            problem = "empty question"
-        elif not row["answer"]:
-            problem = "empty answer"
-        if problem is None:
-            usable.append(row)
-        else:
-            skipped[problem] += 1
-    return usable, dict(skipped)
+def _make_sample(row: dict, image: Image.Image) -> dict:
+    return {
+        "question_id": row["question_id"],
+        "image": image,
+        # The same for closed and open questions: which of them a question is, only its answer says for sure.
+        "question": row["question"] + BRIEF_ANSWER,
+        "answer": row["answer"],
+        "choices": [],
+        "family": answer_family(row["answer"], row["answer_type"]),
+        "tiles_needed": "unknown",
+        "boxes": [],
+    }
 
 
-class VqaRad(torch.utils.data.Dataset):
-    """VQA-RAD as a map-style data set; made by `load_vqa_rad`.
-
-    Each item is a dict with the keys of a cards sample: `question_id` (int), `image` (PIL, RGB, in its own size),
-    `question`, `answer` (str), `choices` (empty), `family` (`"closed"` or `"open"`), `tiles_needed` (`"unknown"`) and
-    `boxes` (empty: the set has none).
-
-    Attributes:
-        rows: the usable rows without their images: dicts with `question_id`, `image_name`, `question`, `answer`,
-            `answer_type` and the `split` they were published in.
-        skipped: how many rows of this split were left out, for each reason; empty when none was.
-    """
-
-    def __init__(self, rows: list[dict], find_image: Callable, skipped: dict[str, int]):
-        self.rows, self.find_image, self.skipped = rows, find_image, skipped
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self.rows):
-            raise IndexError(f"index {index} is outside of the {len(self.rows)} samples")
-        row = self.rows[index]
-        with Image.open(self.find_image(row["image_name"])) as image:
-            image = image.convert("RGB")
-        return {
-            "question_id": row["question_id"],
-            "image": image,
-            "question": row["question"],
-            "answer": row["answer"],
-            "choices": [],
-            "family": answer_family(row["answer"], row["answer_type"]),
-            "tiles_needed": "unknown",
-            "boxes": [],
-        }
+VqaRad = Questions  # what `load_vqa_rad` makes
 
 
 def load_vqa_rad(
@@ -237,11 +155,18 @@ def load_vqa_rad(
         by: `"published"` for the split of the authors, which leaks, or `"image"` for one in which no image is in both.
         seed: of the split by image; the published split ignores it.
 
+    Each item is a dict with the keys of a cards sample: `question_id` (int), `image` (PIL, RGB, in its own size),
+    `question` (with "Give a very brief answer." on a line of its own after it), `answer` (str), `choices` (empty),
+    `family` (`"closed"` or `"open"`), `tiles_needed` (`"unknown"`) and `boxes` (empty: the set has none).
+
+    `.rows` holds the usable rows without their images: dicts with `question_id`, `image_name`, `question` (as
+    published), `answer`, `answer_type` and the `split` they were published in.
+
     Every image of the split is read once here, so that a row that cannot be used is found before training and not in
     the middle of it. Such rows are left out, counted in `.skipped` and reported in one warning.
 
-    Raises ValueError for an unknown `split` or `by` and for a JSON file that cannot be read, FileNotFoundError (with
-    the path) for a missing folder or JSON file.
+    Raises ValueError for an unknown `split` or `by`, a JSON file that cannot be read and a table without one of the
+    columns, FileNotFoundError (with the path) for a missing folder or JSON file.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
@@ -252,10 +177,6 @@ def load_vqa_rad(
         rows = [row for row in rows if row["split"] == split]
     else:
         rows = [row for row in rows if image_split(row["image_name"], seed) == split]
-    usable, skipped = _usable_rows(rows, find_image)
-    if skipped:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-        logger.warning(
-            "VQA-RAD %s (by %s): %d of %d rows left out (%s)", split, by, len(rows) - len(usable), len(rows), reasons
-        )
-    return VqaRad(usable, find_image, skipped)
+    usable, skipped = usable_rows(rows, find_image, _row_problem)
+    report_skipped(f"VQA-RAD {split} (by {by})", len(rows), skipped)
+    return VqaRad(usable, find_image, _make_sample, skipped)

@@ -1,0 +1,1 @@
+"""How far the answers of selection are those of the dense model."""

@@ -1,0 +1,1 @@
+"""How much selection keeps, and whether it looks at the right place."""
