@@ -1,4 +1,4 @@
-.PHONY: help install demo test quality style clean
+.PHONY: help install demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -19,6 +19,9 @@ demo: install  ## train question-guided selection on cards, show the table and t
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest
+
+slow: install  ## run the tests that take minutes: every preset on the published architectures
+	$(BIN)/python -m pytest -m slow
 
 quality: install  ## check style and that no file outgrew the repository
 	$(BIN)/ruff check .

@@ -20,11 +20,11 @@ from training.evaluation import (
     answer,
     bootstrap_interval,
     evaluate_systems,
-    exact_match,
+    kept_regions,
     layout_of,
     make_row,
-    points_into,
     standard_systems,
+    without_image,
 )
 from training.flops import count_flops
 from training.report import (
@@ -51,6 +51,8 @@ ROW_KEYS = {
     "flops",
     "seconds_median",
     "speedup_vs_dense",
+    "scores",
+    "loyalty",
 }
 FLOPS_KEYS = {"vision", "prefill", "decode", "total", "cross_modal_attention"}
 
@@ -80,12 +82,6 @@ def rows(systems, questions, processor):
 # Scores
 
 
-def test_exact_match_forgives_case_and_blanks_only():
-    references = ["star", "Row 1 column 2", "yes", "red", "no"]
-    predictions = [" Star\n", "row 1 column 2", "yes.", "dark red", ""]
-    assert exact_match(predictions, references).tolist() == [1, 1, 0, 0, 0]
-
-
 def test_an_interval_contains_the_mean_and_narrows():
     rng = np.random.default_rng(0)
     values = (rng.random(200) < 0.7).astype(float)
@@ -103,16 +99,23 @@ def test_the_interval_of_no_difference_is_zero():
     assert bootstrap_interval(right - right) == [0, 0]
 
 
-def test_pointing():
-    relevance = torch.zeros(4, 4)
-    relevance[1, 2] = 1  # centre of the cell: (160, 96) of 256 px
-    sample = {"image": Image.new("RGB", (256, 256)), "boxes": [[0.0, 0.0, 9.0, 9.0], [150.0, 90.0, 170.0, 100.0]]}
-    assert points_into(relevance, sample) is True
-    assert points_into(relevance, {**sample, "boxes": sample["boxes"][:1]}) is False
-    assert points_into(relevance, {**sample, "boxes": [[90.0, 150.0, 100.0, 170.0]]}) is False  # x before y
-    assert points_into(relevance, {**sample, "boxes": []}) is None
-    wide = {"image": Image.new("RGB", (512, 64)), "boxes": [[310.0, 20.0, 330.0, 30.0]]}
-    assert points_into(relevance, wide) is True
+def test_boxes_are_told_in_shares_of_the_image():
+    sample = {"image": Image.new("RGB", (200, 50)), "question": "what?", "boxes": [[20, 5, 100, 50]]}
+    assert without_image(sample) == {"question": "what?", "boxes": [[0.1, 0.1, 0.5, 1.0]]}
+
+
+def test_regions_are_those_of_the_kept_tokens(model, batch):
+    selection = model.select(**batch, min_tiles=1, max_tiles=1, min_visual_tokens=8, max_visual_tokens=8)
+    for row, (rows, columns) in enumerate(selection.grids.tolist()):
+        tile = int(selection.kept_tiles[row].nonzero()[0])
+        tokens = selection.kept_tokens[row].view(-1, 16)[tile].nonzero()[:, 0].tolist()
+        top, left = divmod(tile, columns)
+        expected = {((left + (token % 4) / 4) / columns, (top + (token // 4) / 4) / rows) for token in tokens}
+        found = kept_regions(selection, row, 16)
+        assert {(round(x0, 9), round(y0, 9)) for x0, y0, *_ in found} == {
+            (round(x, 9), round(y, 9)) for x, y in expected
+        }
+        assert all(x1 - x0 == pytest.approx(1 / 4 / columns) for x0, _, x1, _ in found)
 
 
 # Controls
@@ -178,9 +181,12 @@ def test_the_blank_image_replaces_the_image_and_nothing_else(model, processor, q
 
 def test_answers_are_those_of_generate_whatever_the_batch(model, processor, questions, collate):
     random = System("random", model, scores=random_scores)
-    beside, answers = answer([random, System("qgsa", model)], questions, processor, batch_size=3, max_new_tokens=4)
-    assert beside.predictions == answer([random], questions, processor, 3, 4)[0].predictions, "company changes nothing"
-    for name in ("predictions", "visual_tokens", "tiles", "pointed", "seconds"):
+    (beside, answers), samples = answer([random, System("qgsa", model)], questions, processor, 3, 4)
+    assert [sample["question"] for sample in samples] == [questions[index]["question"] for index in range(8)]
+    assert beside.predictions == answer([random], questions, processor, 3, 4)[0][0].predictions, (
+        "company changes nothing"
+    )
+    for name in ("predictions", "visual_tokens", "tiles", "relevance", "kept", "seconds"):
         assert len(getattr(answers, name)) == 8
     for index in range(8):
         inputs = collate([questions[index]])
@@ -190,7 +196,8 @@ def test_answers_are_those_of_generate_whatever_the_batch(model, processor, ques
         selection = model.select(**inputs)
         assert answers.visual_tokens[index] == selection.visual_tokens.item()
         assert answers.tiles[index] == selection.tiles.item()
-        assert answers.pointed[index] == points_into(selection.relevance[0], questions[index])
+        assert np.allclose(answers.relevance[index], selection.relevance[0], atol=1e-6)
+        assert answers.kept[index] == kept_regions(selection, 0, 16)
 
 
 def test_rows_carry_what_the_contract_says(rows):
@@ -224,17 +231,28 @@ def test_a_row_by_hand():
         predictions=["a"] * 4,
         visual_tokens=[10, 20, 30, 40],
         tiles=[0, 1, 2, 3],
-        pointed=[True, False, None, True],
+        relevance=[[[1, 0]], [[0, 1]], [[1, 0]], [[1, 0]]],
+        kept=[[]] * 4,
         seconds=[0.1, 0.2, 0.3, 0.9],
     )
+    left = [0.1, 0.1, 0.4, 0.9]
+    samples = [
+        {"family": "open", "tiles_needed": "one", "boxes": [left]},
+        {"family": "find", "tiles_needed": "one", "boxes": [left]},
+        {"family": "count", "tiles_needed": "none", "boxes": []},
+        {"family": "open", "tiles_needed": "many", "boxes": [left]},
+    ]
     right, dense = np.array([1.0, 0, 1, 1]), np.array([1.0, 1, 0, 0])
-    row = make_row("qgsa", answers, right, dense, ["open", "find", "count", "open"], ["one", "one", "none", "many"])
+    row = make_row("qgsa", answers, samples, right, dense)
     assert (row["accuracy"], row["delta_vs_dense_pp"]) == (0.75, 25)
     assert (row["visual_tokens_mean"], row["tiles_mean"]) == (25, 1.5)
     assert row["seconds_median"] == pytest.approx(0.25)
     assert row["by_family"]["open"] == {"n": 2, "accuracy": 1, "visual_tokens_mean": 25, "tiles_mean": 1.5}
     assert row["by_family"]["find"]["accuracy"] == 0
-    assert row["grounding"] == {"pointing_accuracy_one_tile": 0.5, "n": 2}
+    grounding = row["grounding"]
+    assert (grounding["pointing_accuracy_one_tile"], grounding["n"]) == (0.5, 2)
+    assert (grounding["pointing_accuracy"], grounding["n_pointed"]) == (pytest.approx(2 / 3), 3)
+    assert grounding["relevance_in_boxes"] == pytest.approx(2 / 3 * 0.6 * 0.8)
     assert row["delta_ci95"][0] < 25 < row["delta_ci95"][1]
 
 

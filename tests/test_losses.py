@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modeling_qgsa.selection_qgsa import VisualLayout
-from training.losses import attention_loss, utility_loss
+from modeling_qgsa.selection_qgsa import VisualLayout, complexity_at
+from training.losses import attention_loss, budget_loss, contrastive_loss, utility_loss
 
 
 INF = float("inf")
@@ -144,3 +144,73 @@ def test_gradient_descent_finds_the_attention():
         attention_loss(match, attention, layout).backward()
         optimizer.step()
     assert torch.allclose(match.detach().softmax(0), attention / 10, atol=1e-3)
+
+
+# Contrast
+
+
+def test_contrastive_loss_by_hand():
+    # Two images, two cells each. Question 0 looks along x and selects x; question 1 along y and selects the mean.
+    query = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    keys = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    relevance = torch.tensor([[1.0, 1e-30], [0.5, 0.5]]).log()
+    loss = contrastive_loss(query, keys, relevance, torch.eye(2, dtype=torch.bool), temperature=0.5)
+    half = 0.5**0.5
+    first = torch.tensor([1.0, half, 0.0]) / 0.5  # its own, that of the other image, its own dropped
+    second = torch.tensor([0.0, half, half]) / 0.5
+    expected = -(first.log_softmax(0)[0] + second.log_softmax(0)[1]) / 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_images_asked_the_same_are_no_negatives():
+    query, keys = torch.randn(1, 8).expand(3, 8), torch.randn(3, 5, 8)
+    relevance = torch.randn(3, 5).log_softmax(1)
+    together = contrastive_loss(query, keys, relevance, torch.ones(3, 3, dtype=torch.bool))
+    one = torch.ones(1, 1, dtype=torch.bool)
+    alone = [contrastive_loss(query[:1], keys[[i]], relevance[[i]], one) for i in range(3)]
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+
+
+def test_contrast_teaches_relevance_and_keys_by_their_finite_differences():
+    query, keys = (torch.randn(size, dtype=torch.float64) for size in ((3, 8), (3, 5, 8)))
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    same = torch.eye(3, dtype=torch.bool)
+
+    def loss(logits):
+        return contrastive_loss(query, keys, logits.log_softmax(1), same)
+
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    step = torch.zeros_like(logits)
+    step[1, 2] = 1e-2
+    with torch.no_grad():
+        difference = (loss(logits + step) - loss(logits - step)) / 2e-2
+    assert gradient[1, 2].item() == pytest.approx(difference.item(), rel=2e-2, abs=1e-5)
+    assert gradient.abs().max() > 1e-4
+
+
+# How much
+
+
+def test_budget_loss_by_hand():
+    # Level 1 of 0, 1, 2 with near certainty: complexity 0.5, 10 + 0.5 * 20 = 20 tokens against 16, a quarter too many.
+    logits = torch.tensor([[0.0, 50.0, 0.0]])
+    assert budget_loss(logits, 0.9, 10, 30, target=16).item() == pytest.approx(0.25, abs=1e-6)
+    assert budget_loss(logits, 0.9, 10, 30, target=20).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_only_the_mean_is_held():
+    logits = torch.tensor([[50.0, 0.0, 0.0], [0.0, 0.0, 50.0]])
+    assert budget_loss(logits, 0.9, 10, 30, target=20).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [14.0, 40.0])
+def test_an_estimator_taught_the_budget_alone_comes_to_hold_it(target):
+    inputs = torch.cat([torch.randn(64, 7), torch.ones(64, 1)], dim=1)
+    weights = torch.zeros(8, 9, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        budget_loss(inputs @ weights, 0.95, 8, 60, target).backward()
+        optimizer.step()
+    tokens = 8 + 52 * complexity_at((inputs @ weights).detach(), 0.95)
+    assert tokens.mean().item() == pytest.approx(target, rel=0.1)

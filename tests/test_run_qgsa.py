@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, dynamic_module_utils
 
+import training.data.load
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
+from training.data.load import DATASETS, load_data
 from training.dense import parse_stages
 from training.trainer import QGSATrainingArguments
 
@@ -99,14 +101,46 @@ def test_every_preset_is_understood(name, parse):
     preset, run, args = parse("--preset", name)
     assert preset == name
     assert run.task in ("qgsa", "dense")
-    assert run.dataset in ("cards", "vqa_rad")
+    assert (run.eval_split == "validation") == (run.dataset == "aokvqa"), "test but where it is not published"
+    assert run.dataset in DATASETS
     assert args.output_dir.startswith("outputs/")
     assert 0 < run.min_visual_tokens <= run.max_visual_tokens
     assert 0 <= run.min_tiles <= run.max_tiles
     assert run.systems.split()[0] == "dense"
-    if run.task == "dense":
+    if run.task == "dense" and run.dataset == "cards":
         assert parse_stages(run.words, args.per_device_train_batch_size)
         assert parse_stages(run.pictures, args.per_device_train_batch_size)
+
+
+def test_data_that_is_not_there(parse):
+    for fields, complaint in (
+        ({"dataset": "imagenet"}, "dataset is 'imagenet': choose from cards, vqa_rad, aokvqa, refcoco"),
+        ({"dataset": "aokvqa", "train_split": "test", "data_dir": "."}, "not published"),
+        ({"dataset": "cards", "eval_split": "val"}, "split is 'val'"),
+        ({"dataset": "vqa_rad", "data_dir": "nowhere"}, "there is no folder nowhere"),
+    ):
+        _, run, _ = parse(*(part for name, value in fields.items() for part in (f"--{name}", value)))
+        with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+            load_data(run, seed=1)
+
+
+def test_difficult_direct_answers_are_not_asked(parse, monkeypatch):
+    class Rows(torch.utils.data.Dataset):
+        rows = [{"difficult": False}, {"difficult": True}, {"difficult": False}]
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return index
+
+    monkeypatch.setattr(training.data.load, "load_aokvqa", lambda *arguments: Rows())
+    asked = {}
+    for form in ("multiple_choice", "direct_answer"):
+        _, run, _ = parse("--preset", "aokvqa_256m", "--form", form)
+        _, test = load_data(run, seed=1)
+        asked[form] = list(test)
+    assert asked == {"multiple_choice": [0, 1, 2], "direct_answer": [0, 2]}
 
 
 def test_help_is_printed():

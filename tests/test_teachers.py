@@ -13,6 +13,8 @@ from training.teachers import (
     answer_log_likelihood,
     cheapest_sufficient,
     hard_positions,
+    neutral_prompt,
+    paid_attention,
     tile_utility,
     visual_attention,
 )
@@ -103,7 +105,7 @@ def test_chunks_and_order_do_not_matter(chunk, model, labelled, monkeypatch):
 def test_utility_is_the_likelihood_of_the_model_that_looks_at_this_tile(model, labelled, processor, questions):
     glance, features, prompt = encode(model, labelled)
     layout = glance.layout
-    utility = tile_utility(model, layout, features, prompt)
+    utility = tile_utility(model, glance, features, prompt)
     assert torch.equal(utility.isinf(), layout.is_global)
     for tile in (~layout.is_global).nonzero()[:, 0].tolist():
         row, ordinal = int(layout.tile_sample[tile]), int(layout.tile_ordinal[tile])
@@ -123,7 +125,7 @@ def test_utility_is_the_likelihood_of_the_model_that_looks_at_this_tile(model, l
 
 def test_utility_differs_between_tiles_and_carries_no_gradient(model, labelled):
     glance, features, prompt = encode(model, labelled)
-    utility = tile_utility(model, glance.layout, features, prompt)
+    utility = tile_utility(model, glance, features, prompt)
     assert not utility.requires_grad
     assert utility[:16].std() > 1e-3
 
@@ -131,7 +133,7 @@ def test_utility_differs_between_tiles_and_carries_no_gradient(model, labelled):
 def test_utility_of_single_tiles_is_nowhere_finite(model, processor, questions):
     batch = QuestionCollator(processor, image_kwargs={"do_image_splitting": False})(questions)
     glance, features, prompt = encode(model, batch)
-    assert tile_utility(model, glance.layout, features, prompt).tolist() == [float("-inf")] * 3
+    assert tile_utility(model, glance, features, prompt).tolist() == [float("-inf")] * 3
 
 
 # Attention to visual tokens
@@ -286,3 +288,36 @@ def test_hard_positions_are_what_inference_keeps(selection, complexity, model, l
         indices = model(**labelled, selection=selection, **fixed).selection.keep_indices
     for row, kept in zip(keep, indices):
         assert row.nonzero()[:, 0].tolist() == kept[kept >= 0].tolist()
+
+
+# Attention relative to a neutral question
+
+
+def test_the_neutral_prompt_asks_something_else_and_answers_nothing(model, labelled, tokenizer):
+    glance, _, prompt = encode(model, labelled)
+    ids = tokenizer("what is it?", add_special_tokens=False)["input_ids"]
+    neutral = neutral_prompt(prompt, glance, tuple(ids))
+    for row in range(3):
+        words = glance.question_mask[row].nonzero()[:, 0]
+        length = min(len(ids), len(words))
+        assert neutral.input_ids[row, words[:length]].tolist() == ids[:length]
+        assert not neutral.attention_mask[row, words[length:]].any()
+        answer = prompt.labels[row] != -100
+        assert not neutral.attention_mask[row, answer].any()
+        assert (neutral.labels[row] != -100).sum() == 1  # where the first token would be predicted
+        rest = ~glance.question_mask[row] & ~answer
+        assert torch.equal(neutral.input_ids[row, rest], prompt.input_ids[row, rest])
+        assert torch.equal(neutral.attention_mask[row, rest], prompt.attention_mask[row, rest])
+    assert (prompt.labels != -100).sum() > 3, "the prompt itself is left as it is"
+
+
+def test_attention_is_divided_by_that_of_the_neutral_question(model, labelled, tokenizer):
+    glance, features, prompt = encode(model, labelled)
+    ids = tuple(tokenizer("what is it?", add_special_tokens=False)["input_ids"])
+    usual = paid_attention(model, glance, features, neutral_prompt(prompt, glance, ids), 3)
+    paid = paid_attention(model, glance, features, prompt, 3)
+    found = visual_attention(model, glance, features, prompt, 3, ids)
+    assert torch.allclose(found * (usual + 0.1 * usual.mean()), paid, atol=1e-5)
+    assert not torch.allclose(found / found.sum(), paid / paid.sum(), atol=1e-4)
+    asked = visual_attention(model, glance, features, prompt, 1, ids)
+    assert asked[:17].any() and not asked[17:].any()

@@ -6,11 +6,14 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.utils import is_bitsandbytes_available
 
 import training.trainer
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
-from training.tasks import add_adapters
+from training.feature_cache import open_feature_cache
+from training.run_qgsa import RunArguments
+from training.tasks import add_adapters, train_selection
 from training.teachers import visual_attention
 from training.trainer import QGSATrainer, QGSATrainingArguments
 
@@ -36,7 +39,7 @@ class Stop(TrainerCallback):
 def make_trainer(make_model, processor, tmp_path):
     """Makes a trainer of a fresh model, the same one every time, on questions of cards."""
 
-    def make(folder="run", rank=4, collate=None, callbacks=(), fields=None, **arguments):
+    def make(folder="run", rank=4, collate=None, callbacks=(), fields=None, own=None, **arguments):
         model = make_model(**({"min_tiles": 0, "max_tiles": 3, "max_visual_tokens": 32} | (fields or {})))
         torch.manual_seed(5)
         arguments = {
@@ -48,7 +51,7 @@ def make_trainer(make_model, processor, tmp_path):
             "save_strategy": "no",
         } | arguments
         return QGSATrainer(
-            model=add_adapters(model, rank),
+            model=add_adapters(model, rank, RunArguments.lora_targets),
             args=QGSATrainingArguments(
                 output_dir=str(tmp_path / folder),
                 use_cpu=True,
@@ -60,6 +63,7 @@ def make_trainer(make_model, processor, tmp_path):
             train_dataset=Cards("train", 16),
             data_collator=collate or QuestionCollator(processor),
             callbacks=list(callbacks),
+            **(own or {}),
         )
 
     return make
@@ -154,9 +158,9 @@ def test_every_loss_is_logged_with_its_weight(make_trainer):
 def test_the_attention_teacher_is_asked_about_its_share_of_a_batch(share, expected, make_trainer, monkeypatch):
     asked = []
 
-    def listen(model, glance, features, prompt, samples):
+    def listen(model, glance, features, prompt, samples, neutral_ids):
         asked.append(samples)
-        return visual_attention(model, glance, features, prompt, samples)
+        return visual_attention(model, glance, features, prompt, samples, neutral_ids)
 
     monkeypatch.setattr(training.trainer, "visual_attention", listen)
     make_trainer(max_steps=1, attention_share=share, per_device_train_batch_size=4).train()
@@ -230,7 +234,105 @@ def test_the_model_gets_the_temperature_of_its_step(make_trainer):
     assert given == pytest.approx([1.0, 0.5])
 
 
+# Grounding, the budget, and features from a cache
+
+
+def words_of(samples):
+    """Stands in for a frozen CLIP: the first cell is like the words of every question."""
+    return torch.eye(16)[torch.zeros(len(samples), dtype=torch.long)]
+
+
+def test_the_grounding_losses_teach_the_selector_alone(make_trainer, processor):
+    collate = QuestionCollator(processor, alignment=SimpleNamespace(similarity=words_of))
+    silent = {"answer_weight": 0.0, "utility_weight": 0.0, "attention_weight": 0.0, "complexity_weight": 0.0}
+    for name in ("contrastive", "patch_word"):
+        trainer = make_trainer(collate=collate, max_steps=1, rank=0, **silent, **{f"{name}_weight": 1.0})
+        before = weights_of(trainer.model)
+        trainer.train()
+        assert f"{name}_loss" in set().union(*trainer.state.log_history)
+        changed = {each for each, weight in weights_of(trainer.model).items() if not torch.equal(weight, before[each])}
+        assert any(".selector.relevance." in each for each in changed)
+        assert all(".selector." in each for each in changed), changed
+
+
+def test_patch_words_draw_the_relevance_to_their_cells(make_trainer, processor):
+    collate = QuestionCollator(processor, alignment=SimpleNamespace(similarity=words_of))
+    silent = {"answer_weight": 0.0, "utility_weight": 0.0, "attention_weight": 0.0, "complexity_weight": 0.0}
+    trainer = make_trainer(
+        collate=collate, max_steps=20, patch_word_weight=1.0, patch_word_temperature=0.1, rank=0, **silent
+    )
+    trainer.train()
+    inputs = collate([Cards("test", 1)[0]])
+    del inputs["patch_words"]
+    with torch.no_grad():
+        relevance = trainer.model.eval()(**inputs).selection.relevance
+    assert relevance.flatten().argmax() == 0
+
+
+def test_without_utility_attention_teaches_the_tiles_too(make_trainer):
+    silent = {"answer_weight": 0.0, "utility_weight": 0.0, "complexity_weight": 0.0, "attention_share": 1.0}
+    trainer = make_trainer(max_steps=1, rank=0, **silent)
+    before = weights_of(trainer.model)
+    trainer.train()
+    after = weights_of(trainer.model)
+    assert any(not torch.equal(after[name], before[name]) for name in before if ".selector.relevance." in name)
+
+
+def test_a_neutral_question_changes_what_attention_teaches(make_trainer, tokenizer):
+    losses = []
+    for ids in ((), tuple(tokenizer("what is it?", add_special_tokens=False)["input_ids"])):
+        trainer = make_trainer(max_steps=1, own={"neutral_ids": ids})
+        trainer.train()
+        losses.append(next(entry["attention_loss"] for entry in trainer.state.log_history))
+    assert losses[0] != losses[1]
+
+
+def test_the_budget_is_held_to_its_target(make_trainer):
+    trainer = make_trainer(
+        max_steps=60,
+        per_device_train_batch_size=4,
+        complexity_weight=0.0,
+        complexity_start=0.0,
+        answer_weight=0.0,
+        utility_weight=0.0,
+        attention_weight=0.0,
+        target_visual_tokens=20.0,
+        complexity_learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
+    for name, module in trainer.model.named_modules():
+        if "complexity_estimator" in name and isinstance(module, torch.nn.Linear):
+            module.reset_parameters()  # the fixture's estimator is too sure to be taught
+    trainer.train()
+    tokens = [entry["visual_tokens"] for entry in trainer.state.log_history if "visual_tokens" in entry]
+    assert abs(tokens[0] - 20) > 4 and sum(tokens[-20:]) / 20 == pytest.approx(20, abs=1.5)
+
+
+def test_features_from_a_cache_train_as_encoded_ones_do(make_trainer, processor, tiles_encoded, tmp_path):
+    model = make_trainer().model.get_base_model()
+    store = open_feature_cache(tmp_path / "features", model, processor, 10**8)
+    plain = make_trainer()
+    plain.train()
+    cached = make_trainer(own={"feature_cache": store})
+    cached.train()
+    again = make_trainer(own={"feature_cache": store})
+    with tiles_encoded(again.model.get_base_model()) as counts:
+        again.train()
+    assert counts == []
+    for one, two, three in zip(plain.state.log_history, cached.state.log_history, again.state.log_history):
+        for name in ("answer_loss", "utility_loss", "attention_loss"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], abs=2e-3)
+                assert three[name] == pytest.approx(one[name], abs=2e-3)
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("target", [7.0, 33.0])
+def test_a_target_outside_of_the_budget(target, make_trainer):
+    with pytest.raises(ValueError, match=f"target_visual_tokens is {target}: .* 8 and max_visual_tokens 32"):
+        make_trainer(target_visual_tokens=target)
 
 
 def test_dense_has_no_selection_to_train(make_trainer):
@@ -290,3 +392,38 @@ def test_a_stopped_run_goes_on_as_if_unbroken(rank, make_trainer, tmp_path):
         assert torch.equal(expected[name], weights[name]), name
     halfway = weights_of(stopped.model)
     assert not all(torch.equal(expected[name], halfway[name]) for name in expected)
+
+
+# Quantized bases
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_adapters_train_on_a_quantized_base_and_merge_into_the_plain_one(
+    quantization, make_dense, processor, tmp_path
+):
+    run = RunArguments(quantization=quantization, min_visual_tokens=8, max_visual_tokens=32, max_tiles=3)
+    args = QGSATrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False, max_steps=2
+    )
+    dense = make_dense("idefics3")
+    before = weights_of(dense)
+    tuned = train_selection(dense, processor, run, args, Cards("train", 16))
+    after = weights_of(tuned)
+    assert {str(weight.dtype) for weight in after.values()} == {"torch.float32"}
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert changed and all("text_model" in name and "self_attn" in name for name in changed)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("fields", "complaint"), [({"quantization": "2bit"}, "'2bit'"), ({"lora_rank": 0}, "is 0")])
+def test_a_quantization_that_cannot_be(fields, complaint, make_dense, processor, tmp_path):
+    args = QGSATrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    run = RunArguments(**({"quantization": "4bit"} | fields))
+    with pytest.raises(ValueError, match=complaint):
+        train_selection(make_dense("idefics3"), processor, run, args, Cards("train", 16))
+
+
+def test_adapters_that_match_nothing(make_model):
+    with pytest.raises(ValueError, match="no_such_layer': it matches 0 of the model"):
+        add_adapters(make_model(), 4, ".*no_such_layer")

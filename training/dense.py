@@ -223,3 +223,10 @@ def train_dense(model, processor, args, words: str, tower_samples: int, pictures
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer.model
+
+
+def train_on_questions(model, processor, args, train):
+    """Train all of `model` on the questions of a data set of real images, and return it; resumes where it stopped."""
+    trainer = Trainer(model, args, QuestionCollator(processor), train)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    return trainer.model

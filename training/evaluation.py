@@ -1,18 +1,24 @@
 """Evaluation: the same questions to every system, paired with dense, with the controls beside them."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_qgsa.processing_qgsa import kept_maps
 from modeling_qgsa.selection_qgsa import read_layout
 from training.baselines import centre_scores, random_scores
 from training.data.collator import QuestionCollator
 from training.flops import count_flops
+from training.metrics.loyalty.loyalty import loyalty_scores
+from training.metrics.selection.selection import points_into, selection_scores
+from training.scoring import score_rows, score_set
 
 
 @dataclass(frozen=True)
@@ -55,36 +61,61 @@ def standard_systems(dense, tuned) -> list[System]:
 
 @dataclass
 class Answers:
-    """What a system said of every question, each a list of one entry a question."""
+    """What a system said of every question, each a list of one entry a question.
+
+    `relevance` holds maps, `(rows, columns)` in lists, where the scores are the selector's, and [] elsewhere; `kept`
+    the regions kept of the image, boxes `[x0, y0, x1, y1]` in shares of its sides.
+    """
 
     predictions: list[str] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
-    pointed: list[bool | None] = field(default_factory=list)
+    relevance: list[list] = field(default_factory=list)
+    kept: list[list] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: list["Answers"]) -> "Answers":
+        """The answers of all parts, one after the other."""
+        return cls(*([value for part in parts for value in getattr(part, each.name)] for each in fields(cls)))
 
 
 def answer(
     systems: list[System], dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0
-) -> list[Answers]:
+) -> tuple[list[Answers], list[dict]]:
     """Ask every system every question of `dataset` through `generate`, greedily.
 
-    The systems take turns, batch by batch, so that a slow minute of the machine slows them all alike. Seconds are
-    those of the model, the batch's divided by its size.
+    The systems take turns, batch by batch, so that a slow minute of the machine slows them all alike. Several
+    processes share the batches, and each gets the answers to all of them. Seconds are those of the model, the batch's
+    divided by its size.
+
+    Returns the answers of each system, and the samples that were asked, see `without_image`.
     """
-    everything = [Answers() for _ in systems]
-    generators = [torch.Generator().manual_seed(seed) for _ in systems]
-    with tqdm(total=len(dataset) * len(systems), desc="asking") as progress:
-        for start in range(0, len(dataset), batch_size):
+    state, chunks = PartialState(), []
+    starts = range(0, len(dataset), batch_size)[state.process_index :: state.num_processes]
+    with tqdm(total=len(starts) * len(systems), desc="asking", disable=not state.is_main_process) as progress:
+        for start in starts:
             samples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            shown = {}
-            for system, answers, generator in zip(systems, everything, generators):
+            shown, said = {}, [Answers() for _ in systems]
+            for system, answers in zip(systems, said):
                 view = (system.blank, str(system.image_kwargs))
                 if view not in shown:
                     shown[view] = show(system, samples, processor)
+                # By the batch and not by what came before: a share of the batches has the scores that all have.
+                generator = torch.Generator().manual_seed(seed + start)
                 ask(system, samples, shown[view], processor, max_new_tokens, generator, answers)
-                progress.update(len(samples))
-    return everything
+                progress.update()
+            chunks.append((start, said, [without_image(sample) for sample in samples]))
+    chunks = sorted(gather_object(chunks), key=lambda chunk: chunk[0])
+    everything = [Answers.joined([said[number] for _, said, _ in chunks]) for number in range(len(systems))]
+    return everything, [sample for _, _, told in chunks for sample in told]
+
+
+def without_image(sample: dict) -> dict:
+    """A sample without its image, and its boxes in shares of the image's width and height."""
+    width, height = sample["image"].size
+    boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in sample["boxes"]]
+    return {name: value for name, value in sample.items() if name != "image"} | {"boxes": boxes}
 
 
 def show(system: System, samples: list[dict], processor) -> dict[str, torch.Tensor]:
@@ -98,11 +129,7 @@ def show(system: System, samples: list[dict], processor) -> dict[str, torch.Tens
 def ask(
     system: System, samples: list[dict], inputs: dict, processor, max_new_tokens: int, generator, answers: Answers
 ):
-    """Add to `answers` what `system` says of `samples`.
-
-    `pointed` says whether the highest relevance lies in a box the question is about; None where there is no box, or
-    where the scores are not the selector's.
-    """
+    """Add to `answers` what `system` says of `samples`."""
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     layout = layout_of(model.config, inputs["input_ids"])
@@ -119,15 +146,27 @@ def ask(
     if "selection" in output:
         answers.visual_tokens += output.selection.visual_tokens.tolist()
         answers.tiles += output.selection.tiles.tolist()
-        answers.pointed += [
-            None if system.scores else points_into(output.selection.relevance[row], sample)
-            for row, sample in enumerate(samples)
-        ]
+        maps = [[]] * len(samples) if system.scores else output.selection.relevance.tolist()
+        answers.relevance += maps
+        answers.kept += [kept_regions(output.selection, row, layout.tokens_per_tile) for row in range(len(samples))]
     else:
         counts = torch.bincount(layout.tile_sample, minlength=len(samples))
         answers.visual_tokens += (counts * layout.tokens_per_tile).tolist()
         answers.tiles += (counts - 1).tolist()
-        answers.pointed += [None] * len(samples)
+        answers.relevance += [[]] * len(samples)
+        answers.kept += [[[0.0, 0.0, 1.0, 1.0]]] * len(samples)
+
+
+def kept_regions(selection, index: int, tokens_per_tile: int) -> list[list[float]]:
+    """The cells of the high-resolution tokens kept of an image, boxes in shares of its sides; of the glance where the
+    image is a single tile."""
+    tiles, glance, _ = kept_maps(selection, index, tokens_per_tile)
+    cells = tiles if tiles.any() or selection.grids[index].any() else glance
+    rows, columns = cells.shape
+    return [
+        [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows]
+        for row, column in np.argwhere(cells).tolist()
+    ]
 
 
 def options_of(system: System, layout, generator) -> dict:
@@ -148,26 +187,6 @@ def layout_of(config, input_ids):
     )
 
 
-def points_into(relevance: torch.Tensor, sample: dict) -> bool | None:
-    """Whether the centre of the most relevant cell lies in one of the sample's boxes; None where it has none.
-
-    Args:
-        relevance: `(rows, columns)` over the whole image.
-        sample: with `image` and `boxes`, `[x0, y0, x1, y1]` in px.
-    """
-    if not sample["boxes"]:
-        return None
-    row, column = divmod(int(relevance.argmax()), relevance.shape[1])
-    x = (column + 0.5) / relevance.shape[1] * sample["image"].width
-    y = (row + 0.5) / relevance.shape[0] * sample["image"].height
-    return any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in sample["boxes"])
-
-
-def exact_match(predictions: list[str], references: list[str]) -> np.ndarray:
-    """1 where a prediction is the answer but for case and surrounding blanks, `(n,)` float."""
-    return np.array([p.strip().lower() == r.strip().lower() for p, r in zip(predictions, references)], float)
-
-
 def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> list[float]:
     """95 % bootstrap interval of the mean of `values` `(n,)`; of paired differences where these are differences."""
     rng = np.random.default_rng(seed)
@@ -175,11 +194,9 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> 
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
-def make_row(
-    name: str, answers: Answers, right: np.ndarray, dense: np.ndarray, families: list[str], needed: list[str]
-):
-    """One row of `results.json`: `right` and `dense` are `(n,)` of 0 and 1 over the same questions."""
-    families, pointed = np.array(families), np.array([point is not None for point in answers.pointed])
+def make_row(name: str, answers: Answers, samples: list[dict], right: np.ndarray, dense: np.ndarray) -> dict:
+    """One row of `results.json`: `right` and `dense` are `(n,)` of 0 to 1 over the same questions."""
+    families = np.array([sample["family"] for sample in samples])
     row = {
         "system": name,
         "visual_tokens_mean": float(np.mean(answers.visual_tokens)),
@@ -197,28 +214,55 @@ def make_row(
             }
             for family in sorted(set(families))
         },
-        "grounding": {},
+        "grounding": grounding_of(answers, samples),
         "seconds_median": median(answers.seconds),
     }
-    one = pointed & (np.array(needed) == "one")
-    if one.any():
-        hits = np.array([bool(point) for point in answers.pointed])
-        row["grounding"] = {"pointing_accuracy_one_tile": float(hits[one].mean()), "n": int(one.sum())}
     return row
 
 
-def evaluate_systems(systems: list[System], dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0):
-    """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with."""
-    everything = answer(systems, dataset, processor, batch_size, max_new_tokens, seed)
-    samples = (dataset[index] for index in range(len(dataset)))
-    known = [(sample["answer"], sample["family"], sample["tiles_needed"]) for sample in samples]
-    references, families, needed = zip(*known)
+def grounding_of(answers: Answers, samples: list[dict]) -> dict:
+    """How well the selector points, on questions that have boxes; nothing where there are none, or no selector.
+
+    `pointing_accuracy_one_tile` is over the `n` questions that need exactly one tile.
+    """
+    found = selection_scores(
+        answers.visual_tokens, answers.tiles, answers.relevance, [sample["boxes"] for sample in samples]
+    )
+    if not found["n_pointed"]:
+        return {}
+    names = ("pointing_accuracy", "relevance_in_boxes", "n_pointed")
+    grounding = {name: found[name] for name in names}
+    one = [
+        points_into(relevance, sample["boxes"])
+        for relevance, sample in zip(answers.relevance, samples)
+        if sample["tiles_needed"] == "one"
+    ]
+    return grounding | ({"pointing_accuracy_one_tile": float(np.mean(one)), "n": len(one)} if one else {})
+
+
+def evaluate_systems(
+    systems: list[System],
+    dataset,
+    processor,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    scoring: str = "cards",
+) -> list[dict]:
+    """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with.
+
+    `scoring` is the name of the data set whose rules say what is right, see `training/scoring.py`; its own metric is
+    in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
+    """
+    everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed)
     rows, dense = [], None
     for system, answers in zip(systems, everything):
-        right = exact_match(answers.predictions, references)
+        right = score_rows(scoring, answers.predictions, samples)
         dense = right if dense is None else dense
-        row = make_row(system.name, answers, right, dense, families, needed)
+        row = make_row(system.name, answers, samples, right, dense)
         row["speedup_vs_dense"] = (rows[0] if rows else row)["seconds_median"] / row["seconds_median"]
+        row["scores"] = score_set(scoring, answers.predictions, samples, answers.kept)
+        row["loyalty"] = loyalty_scores(answers.predictions, everything[0].predictions, right, dense)
         rows.append(row)
     return rows
 

@@ -1,8 +1,9 @@
-"""Losses of question-guided selection: where to look. All work without boxes."""
+"""Losses of question-guided selection: where to look, and how much. All work without boxes."""
 
 import torch
+from torch.nn.functional import cross_entropy, normalize
 
-from modeling_qgsa.selection_qgsa import VisualLayout, to_images
+from modeling_qgsa.selection_qgsa import VisualLayout, complexity_at, to_images
 
 
 def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout, temperature: float) -> torch.Tensor:
@@ -10,7 +11,8 @@ def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout
 
     Args:
         mass: `(T,)`, the selector's probability of each tile (`tile_relevance`); 0 for global views.
-        utility: `(T,)`, log-likelihood of the answer given that tile; -inf for global views.
+        utility: `(T,)`, log-likelihood of the answer given that tile; -inf for global views, and for all tiles of an
+            image that is not taught.
         temperature: of the softmax over an image's tiles; below it a difference counts as noise.
 
     Images of a single tile have nothing to choose and are left out.
@@ -34,3 +36,62 @@ def attention_loss(match: torch.Tensor, attention: torch.Tensor, layout: VisualL
     target = target[taught] / target[taught].sum(1, keepdim=True)
     match = to_images(match, layout, torch.finfo(match.dtype).min).flatten(1)[taught]
     return -(target * match.log_softmax(1)).sum(1).mean() if taught.any() else match.sum()
+
+
+def contrastive_loss(
+    query: torch.Tensor, keys: torch.Tensor, relevance: torch.Tensor, same: torch.BoolTensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """InfoNCE of questions and the cells they select, a scalar (contrastive patch selection, QGSA).
+
+    A question has to match the mean of its own selected cells better than that of the cells its image drops, and than
+    those that the questions of other images select. Selected means weighed by the relevance, dropped by what is left.
+
+    Args:
+        query: `(I, H)`, the questions.
+        keys: `(I, C, H)`, the cells of the glances.
+        relevance: `(I, C)` log-probabilities of the cells.
+        same: `(I, I)` bool, images asked the same question, which are no negatives for each other.
+        temperature: of the cosines.
+    """
+    weights = relevance.exp()[..., None]
+    rest = (1 - weights) / (keys.shape[1] - 1)
+    query = normalize(query, dim=-1)
+    selected, dropped = (normalize((keys * share).sum(1), dim=-1) for share in (weights, rest))
+    other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+    against = (query @ selected.T).masked_fill(other, float("-inf"))
+    logits = torch.cat([against, (query * dropped).sum(1, keepdim=True)], dim=1) / temperature
+    return cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def budget_loss(logits: torch.Tensor, quantile: float, lowest: int, highest: int, target: float) -> torch.Tensor:
+    """Relative distance of the mean number of visual tokens from its target, a scalar.
+
+    The number is that of inference (`complexity_at`, then the budget between `lowest` and `highest`); its gradient is
+    that of a soft quantile (straight-through), soft in log-odds, where a quantile near 1 is as far off as any.
+
+    Args:
+        logits: `(I, levels)` of the complexity estimator.
+        quantile: `config.complexity_quantile`.
+        target: mean visual tokens an image, within `lowest` and `highest`.
+    """
+    ahead, behind = logits.logcumsumexp(1)[:, :-1], logits.flip(1).logcumsumexp(1).flip(1)[:, 1:]
+    wanted = torch.tensor(quantile, device=logits.device).logit(eps=1e-6)
+    soft = (wanted - (ahead - behind)).sigmoid().mean(1)
+    complexity = complexity_at(logits.detach(), quantile) + soft - soft.detach()
+    tokens = lowest + complexity * (highest - lowest)
+    return (tokens.mean() / target - 1).abs()
+
+
+def patch_word_loss(relevance: torch.Tensor, similarity: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross entropy between the softmax of CLIP's similarity and the relevance, a scalar (patch-word alignment, QGSA).
+
+    Args:
+        relevance: `(I, C)` log-probabilities of the cells.
+        similarity: `(I, C)`, how alike cells and words are; an image whose cells are all alike is left out.
+        temperature: of the softmax over the cells.
+    """
+    told = similarity.amax(1) > similarity.amin(1)
+    if not told.any():
+        return 0 * relevance.sum()
+    target = (similarity[told] / temperature).softmax(1)
+    return -(target * relevance[told]).sum(1).mean()

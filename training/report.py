@@ -146,6 +146,8 @@ def write_dense_card(folder: Path, name: str, parameters: int, n: int, row: dict
         lines.append(f"| {family} | {needed[family]} | {scores['n']} | {scores['accuracy']:.1%} |")
     for tiles in ("none", "one", "many"):
         some = [scores for family, scores in row["by_family"].items() if needed[family] == tiles]
+        if not some:
+            continue
         count = sum(scores["n"] for scores in some)
         right = sum(scores["n"] * scores["accuracy"] for scores in some)
         lines.append(f"| **all that need {tiles}** | {tiles} | {count} | **{right / max(count, 1):.1%}** |")

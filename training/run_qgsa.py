@@ -23,13 +23,13 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
     sys.path[0] = str(HERE.parent)
 
+from training.output import claimed, identity  # noqa: E402
 from training.tasks import run_dense, run_qgsa  # noqa: E402
 from training.trainer import QGSATrainingArguments  # noqa: E402
 
@@ -42,18 +42,29 @@ class RunArguments:
     """What to train, on what, and what to measure."""
 
     preset: str = field(default="demo", metadata={"help": "Fields to start from: a file of training/presets."})
-    task: str = field(default="qgsa", metadata={"help": "qgsa, or dense for the tiny stand-in itself."})
+    task: str = field(
+        default="qgsa",
+        metadata={"help": "qgsa; evaluate, for what it trained; or dense, for the tiny stand-in itself."},
+    )
     base_model: str = field(
         default="hub_cards/tiny-dense",
         metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` for a fresh one."},
     )
+    longest_edge: int = field(
+        default=256, metadata={"help": "base_model tiny: px that images are scaled to, in tiles of 64 px."}
+    )
     random_weights: bool = field(default=False, metadata={"help": "Build base_model from its config, untrained."})
-    dataset: str = field(default="cards", metadata={"help": "cards or vqa_rad."})
-    data_dir: str | None = field(default=None, metadata={"help": "Local folder of vqa_rad; the Hub without it."})
+    dataset: str = field(default="cards", metadata={"help": "cards, vqa_rad, aokvqa or refcoco."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local folder of the data set; the Hub without it. Not for cards."}
+    )
     split_by: str = field(
         default="published", metadata={"help": "vqa_rad: published, or by image (no image in both)."}
     )
+    form: str = field(default="multiple_choice", metadata={"help": "aokvqa: multiple_choice, or direct_answer."})
+    train_split: str = field(default="train", metadata={"help": "Questions to train on."})
     train_size: int = field(default=100_000, metadata={"help": "Samples of cards to draw the training from."})
+    eval_split: str = field(default="test", metadata={"help": "Questions to evaluate, such as validation."})
     test_size: int = field(default=2000, metadata={"help": "Test questions to evaluate; all there are, if fewer."})
     test_batch_size: int = field(default=50, metadata={"help": "Batch size of the evaluation."})
     max_new_tokens: int = field(default=8, metadata={"help": "Longest answer, in tokens."})
@@ -62,10 +73,25 @@ class RunArguments:
         metadata={"help": "Systems to evaluate, in the order of the table; dense comes first."},
     )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapters on the text model; 0 for none."})
+    lora_targets: str = field(
+        default=r".*text_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
+        metadata={"help": "Modules that get adapters, a regular expression over their whole names."},
+    )
+    quantization: str = field(
+        default="none", metadata={"help": "Of the frozen text model in training: none, 4bit or 8bit (bitsandbytes)."}
+    )
     min_visual_tokens: int = field(default=16, metadata={"help": "Fewest visual tokens kept an image."})
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens kept an image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})
     max_tiles: int = field(default=4, metadata={"help": "Most high-resolution tiles encoded an image."})
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep vision features in, which are frozen; none without it."}
+    )
+    feature_cache_gb: float = field(default=20.0, metadata={"help": "Most gigabytes to keep there."})
+    clip_model: str = field(
+        default="local-dir:hub_cards/tiny-clip", metadata={"help": "open_clip model of patch-word alignment."}
+    )
+    clip_pretrained: str | None = field(default=None, metadata={"help": "open_clip's tag of its weights."})
     words: str = field(
         default="2x2:9600 2x2,3x3,4x4,4x4:12800", metadata={"help": "Task dense: lessons in words, canvases:lessons."}
     )
@@ -92,18 +118,25 @@ def read_preset(arguments: list[str]) -> tuple[str, list[str]]:
     return name, [part for key, value in fields.items() for part in (f"--{key}", str(value))] + arguments
 
 
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a folder: Trainer writes its state last, so one without it was broken off."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
 def main():
     preset, arguments = read_preset(sys.argv[1:])
     parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=__doc__)
     run, args = parser.parse_args_into_dataclasses(arguments)
     args.remove_unused_columns, args.report_to = False, []
-    if args.resume_from_checkpoint is None and Path(args.output_dir).is_dir():
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        args.resume_from_checkpoint = last_checkpoint(args.output_dir)
     set_seed(args.seed)
-    if run.task not in ("qgsa", "dense"):
-        raise SystemExit(f"unknown task {run.task!r}: choose from qgsa, dense")
+    if run.task not in ("qgsa", "evaluate", "dense"):
+        raise SystemExit(f"unknown task {run.task!r}: choose from qgsa, evaluate, dense")
     command = " ".join(["python training/run_qgsa.py", *sys.argv[1:]])
-    (run_dense if run.task == "dense" else run_qgsa)(preset, run, args, command)
+    with claimed(args.output_dir, identity(run, args), args.process_index == 0):
+        (run_dense if run.task == "dense" else run_qgsa)(preset, run, args, command)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ The utility of a tile is the log-likelihood of the answer given the glance and t
 tiles at hand it costs one short pass of the text model a tile, and it is exact.
 """
 
+from dataclasses import replace
+
 import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Glance, Prompt, VisualLayout, positions_to_keep, splice
+from modeling_qgsa.selection_qgsa import Glance, Prompt, positions_to_keep, splice
 
 
 CHUNK = 64  # variants of a prompt scored at once
+NEUTRAL_FLOOR = 0.1  # of the mean attention: what gets next to none under any question is no signal
 
 
 def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, embeds: torch.Tensor, prompt: Prompt):
@@ -46,14 +49,14 @@ def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, emb
 
 
 @torch.no_grad()
-def tile_utility(model, layout: VisualLayout, features: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+def tile_utility(model, glance: Glance, features: torch.Tensor, prompt: Prompt) -> torch.Tensor:
     """Log-likelihood of the answer given all glances of the sample and one tile: `(T,)`; -inf for global views.
 
     Args:
         features: `(T, P, D)`, every tile encoded.
     """
-    every = torch.ones_like(layout.is_global)
-    embeds = model.model.embed(prompt.input_ids, layout, features, every)
+    layout = glance.layout
+    embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
     glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
     tiles = (~layout.is_global).nonzero()[:, 0]
     rows = layout.tile_sample[tiles]
@@ -77,20 +80,48 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
 
 
 @torch.no_grad()
-def visual_attention(model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int) -> torch.Tensor:
+def visual_attention(
+    model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int, neutral_ids: tuple[int, ...] = ()
+) -> torch.Tensor:
     """Attention that question and answer pay to every visual token when all of them are shown, `(T, P)` (SGL).
 
     Averaged over the heads and summed over the layers, the words of the question and the positions that predict the
-    answer.
+    answer. With `neutral_ids`, divided by what a neutral question gets (Zhang et al. 2025, "MLLMs Know Where to
+    Look"): sinks and favourite places get attention whatever is asked.
 
     Args:
         features: `(T, P, D)`, every tile encoded.
         samples: only the first so many samples are asked, the tokens of the others get 0.
+        neutral_ids: tokens of the neutral question, such as "Describe the image."; none for the attention as it is.
     """
+    paid = paid_attention(model, glance, features, prompt, samples)
+    if not len(neutral_ids):
+        return paid
+    usual = paid_attention(model, glance, features, neutral_prompt(prompt, glance, neutral_ids), samples)
+    return paid / (usual + NEUTRAL_FLOOR * usual.mean()).clamp(min=torch.finfo(usual.dtype).tiny)
+
+
+def neutral_prompt(prompt: Prompt, glance: Glance, neutral_ids: tuple[int, ...]) -> Prompt:
+    """The prompt with the neutral question in the place of every question, as much of it as fits, and no answer."""
+    input_ids, mask, labels = prompt.input_ids.clone(), prompt.attention_mask.clone(), prompt.labels.clone()
+    neutral = torch.tensor(neutral_ids, device=input_ids.device)
+    for sample, words in zip(glance.layout.image_sample.tolist(), glance.question_mask):
+        words, answer = words.nonzero()[:, 0], (labels[sample] != -100).nonzero()[:, 0]
+        length = min(len(neutral), len(words))
+        input_ids[sample, words[:length]] = neutral[:length]
+        mask[sample, words[length:]], mask[sample, answer] = 0, 0
+        labels[sample, answer[1:]] = -100
+    return replace(prompt, input_ids=input_ids, attention_mask=mask, labels=labels)
+
+
+@torch.no_grad()
+def paid_attention(model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int) -> torch.Tensor:
+    """Attention of question and answer to every visual token, `(T, P)`; arguments as in `visual_attention`."""
     layout, text_model = glance.layout, model.model.text_model
     embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
     asking = prompt.labels.roll(-1, dims=1) != -100
     asking = asking.index_put((layout.image_sample,), asking[layout.image_sample] | glance.question_mask)
+    asking = asking & prompt.attention_mask.bool()
     usual = text_model.config._attn_implementation
     text_model.set_attn_implementation("eager")  # no other one gives the weights
     try:

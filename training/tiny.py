@@ -44,8 +44,8 @@ def _corpus(questions: int = 4000):
             yield f"User: {turn['question']}\nAssistant: {turn['answer']}"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens over the words of cards, with SmolVLM's own special tokens at its end."""
+def build_tokenizer(texts=None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens over `texts`, by default the words of cards, and SmolVLM's own special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,7 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus() if texts is None else texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
@@ -68,10 +68,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_processor() -> Idefics3Processor:
-    """The stock processor over tiles of 64 px: images are scaled to 256 px on the long side and split."""
-    image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 256}, max_image_size={"longest_edge": 64})
-    return Idefics3Processor(image_processor, build_tokenizer(), image_seq_len=16, chat_template=CHAT_TEMPLATE)
+def build_processor(texts=None, longest_edge: int = 256) -> Idefics3Processor:
+    """The stock processor over tiles of 64 px: images are scaled to `longest_edge` px on the long side and split."""
+    image_processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": longest_edge}, max_image_size={"longest_edge": 64}
+    )
+    return Idefics3Processor(image_processor, build_tokenizer(texts), image_seq_len=16, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:

@@ -51,11 +51,13 @@ class QuestionCollator:
         processor: an Idefics3, SmolVLM or QGSA processor.
         with_answer: False leaves the answer out and ends in the generation prompt (no `labels` then), for `generate`.
         image_kwargs: passed to the image processor with every call.
+        alignment: a `PatchWordAlignment`, for `patch_words` `(batch, cells)` float32: how alike cells and words are.
     """
 
     processor: object
     with_answer: bool = True
     image_kwargs: dict | None = None
+    alignment: object = None
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
@@ -77,4 +79,6 @@ class QuestionCollator:
             header = tokenizer("\nAssistant:", add_special_tokens=False)["input_ids"]
             end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
             inputs["labels"] = answer_labels(inputs["input_ids"], header, end_id)
+        if self.alignment is not None:
+            inputs["patch_words"] = self.alignment.similarity(samples)
         return dict(inputs)
