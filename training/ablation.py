@@ -2,8 +2,8 @@
 
     python training/ablation.py --output_dir outputs/ablation
 
-Takes about an hour and a half on two cores. What is trained is kept: a run that was stopped goes on where it was, and
-several processes started alike share the work (with OMP_NUM_THREADS=1 each, two on two cores are the fastest).
+Takes about an hour on two cores. What is trained is kept: a run that was stopped goes on where it was, and
+several processes started alike share the work.
 Writes `ablation_cards.json` (one row a variant, with those of its seeds) and prints the table.
 """
 
@@ -39,7 +39,6 @@ VARIANTS = {
     "+ contrastive": ("contrastive_weight",),
     "+ patch-word": ("patch_word_weight",),
     "all": tuple(WEIGHTS),
-    "+ utility + attention": ("utility_weight", "attention_weight"),
 }
 
 

@@ -2,8 +2,9 @@
 
     python training/tiny_clip.py --output_dir hub_cards/tiny-clip
 
-Captions name cards by colour and figure, and never their places. It sees canvases as `PatchWordAlignment` shows them:
-whole, squashed to 64 px. The folder is in open_clip's own format, tokenizer included.
+Captions name cards by colour and figure, and never their places. It sees canvases of the training split at 64 px:
+whole, as `PatchWordAlignment` shows them, or windows of them. The folder is in open_clip's own format, tokenizer
+included.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def train(clip, tokenizer, images: int, steps: int, batch_size: int, learning_ra
 def pointing(alignment: PatchWordAlignment, questions: int, split: str = "validation") -> float:
     """How often the cell most alike to the words lies on the card asked for, over `open` and `refer` questions.
 
-    The cell's centre has to lie within the card's tile; chance is 1 / 16.
+    The cell's centre has to lie within the card's box; on 4 x 4 cells chance is 1 / 16.
     """
     asked = (sample for sample in Cards(split, 100 * questions) if sample["family"] in ("open", "refer"))
     hits = 0
