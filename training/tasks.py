@@ -71,7 +71,7 @@ def run_dense(preset: str, run, args, command: str):
     system = System("dense", QGSASmolVLMForConditionalGeneration.from_dense(model, processor.tokenizer), DENSE)
     rows = evaluate_systems([system], test, processor, run.test_batch_size, run.max_new_tokens, args.seed, run.dataset)
     write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
-    needed = {family: FAMILIES[family][0] if family in FAMILIES else "unknown" for family in rows[0]["by_family"]}
+    needed = {family: FAMILIES[family][0] if run.dataset == "cards" else "unknown" for family in rows[0]["by_family"]}
     print(write_dense_card(output, output.name, model.num_parameters(), len(test), rows[0], needed, command))
 
 
