@@ -20,7 +20,7 @@ demo: install  ## train question-guided selection on cards, show the table and t
 test: install  ## run the tests
 	$(BIN)/python -m pytest
 
-slow: install  ## run the tests that take minutes: every preset on the published architectures
+slow: install  ## run the tests that take minutes: presets on the published architectures, several processes, kills
 	$(BIN)/python -m pytest -m slow
 
 quality: install  ## check style and that no file outgrew the repository

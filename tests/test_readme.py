@@ -23,8 +23,6 @@ TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
     "ablation_cards": lambda rows: [format_ablation(rows)],
     "adaptive_cards": adaptive_tables,
-    "vqa_rad": lambda rows: [format_table(rows)],
-    "vqa_rad_published": lambda rows: [format_table(rows)],
 }
 
 

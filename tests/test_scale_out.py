@@ -1,4 +1,7 @@
-"""Runs in several processes, and runs that are killed: whole commands, as a user types them."""
+"""Runs in several processes, and runs that are killed: whole commands, as a user types them.
+
+python -m pytest -m slow tests/test_scale_out.py        # about four minutes on two cores
+"""
 
 import json
 import os
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "training" / "run_qgsa.py")

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from modeling_qgsa.processing_qgsa import kept_maps
 from modeling_qgsa.selection_qgsa import read_layout
@@ -275,7 +275,7 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
     generator = torch.Generator().manual_seed(0)
     for row, system in zip(rows, systems):
         counts = []
-        for index in range(min(questions, len(dataset))):
+        for index in trange(min(questions, len(dataset)), desc=f"FLOPs of {system.name}", leave=False):
             inputs = show(system, [dataset[index]], processor)
             inputs = {name: value.to(system.model.device) for name, value in inputs.items()}
             options = options_of(system, layout_of(system.model.config, inputs["input_ids"]), generator)
