@@ -83,17 +83,18 @@ def format_spending(adaptive: dict, best: dict) -> str:
 
 
 def plot_spending(model, processor, questions, path: Path):
-    """Visual tokens kept against the estimated complexity, one point a question, coloured by its family."""
+    """Visual tokens kept against the estimated complexity, one point a question, coloured and moved by its family."""
     answers, samples, complexity = spend(model, processor, questions)
     families, tokens = np.array([sample["family"] for sample in samples]), np.array(answers)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     rng = np.random.default_rng(0)
-    for family in FAMILIES:
+    for number, family in enumerate(FAMILIES):
         of = families == family
-        jitter = rng.uniform(-0.012, 0.012, of.sum()), rng.uniform(-0.6, 0.6, of.sum())
-        label = f"{family} ({FAMILIES[family][0]})"
-        axes.scatter(complexity[of] + jitter[0], tokens[of] + jitter[1], s=9, alpha=0.5, label=label)
-    axes.set_xlabel("estimated complexity of the question")
+        # Side by side: most questions of a family share one complexity, and several families the same.
+        x = complexity[of] + 0.012 * (number - len(FAMILIES) / 2) + rng.uniform(-0.004, 0.004, of.sum())
+        y = tokens[of] + rng.uniform(-0.8, 0.8, of.sum())
+        axes.scatter(x, y, s=9, alpha=0.6, label=f"{family} ({FAMILIES[family][0]})")
+    axes.set_xlabel("estimated complexity of the question (families moved apart a little)")
     axes.set_ylabel("visual tokens kept, k")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="family (tiles needed)")
