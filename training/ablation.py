@@ -39,6 +39,7 @@ VARIANTS = {
     "+ contrastive": ("contrastive_weight",),
     "+ patch-word": ("patch_word_weight",),
     "all": tuple(WEIGHTS),
+    "+ utility + attention": ("utility_weight", "attention_weight"),
 }
 
 
