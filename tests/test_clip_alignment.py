@@ -175,15 +175,6 @@ def test_store_is_asked_and_filled_once(alignment, make_image, monkeypatch):
 
 
 @shipped
-def test_precompute_fills_the_store(alignment, make_image, monkeypatch):
-    images = [make_image(seed) for seed in range(3)]
-    with pytest.raises(ValueError, match="store is None"):
-        alignment.precompute(images)
-    monkeypatch.setattr(alignment, "store", Memory())
-    alignment.precompute(images, batch_size=2)
-    assert set(alignment.store) == set(map(image_key, images))
-
-
 def test_image_key_knows_the_size():
     assert image_key(Image.new("RGB", (2, 8))) != image_key(Image.new("RGB", (4, 4)))
     assert image_key(Image.new("L", (4, 4))) == image_key(Image.new("RGB", (4, 4)))

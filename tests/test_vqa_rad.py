@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from training.data.cards import FEATURES
-from training.data.vqa_rad import HUB_ID, VqaRad, answer_family, image_split, load_vqa_rad
+from training.data.rows import Questions
+from training.data.vqa_rad import HUB_ID, answer_family, image_split, load_vqa_rad
 from training.metrics.vqa_rad.vqa_rad import answer_tokens, score_answer, vqa_rad_scores
 
 
@@ -216,7 +217,7 @@ def folder(tmp_path):
 
 def test_items_have_the_form_of_a_cards_sample(folder):
     samples = load_vqa_rad(folder, "train")
-    assert isinstance(samples, VqaRad)
+    assert isinstance(samples, Questions)
     assert len(samples) == 10
     first = samples[0]
     assert set(first) == set(FEATURES)

@@ -1,8 +1,8 @@
 """Which losses of selection help, on cards: each variant trained with the same seeds, all asked the same questions.
 
-    python training/ablation.py --output_dir outputs/ablation
+    python training/ablation.py --max_steps 100
 
-Takes about an hour on two cores. What is trained is kept: a run that was stopped goes on where it was, and
+Takes about an hour and a half on two cores. What is trained is kept: a run that was stopped goes on where it was, and
 several processes started alike share the work.
 Writes `ablation_cards.json` (one row a variant, with those of its seeds) and prints the table.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 
 HERE = Path(__file__).resolve().parent
@@ -24,10 +24,9 @@ from modeling_qgsa import QGSASmolVLMForConditionalGeneration  # noqa: E402
 from training.data.load import load_data  # noqa: E402
 from training.evaluation import DENSE, System, answer, bootstrap_interval, make_row  # noqa: E402
 from training.report import write_results  # noqa: E402
-from training.run_qgsa import RunArguments, last_checkpoint, read_preset  # noqa: E402
+from training.run_qgsa import last_checkpoint, parse_arguments  # noqa: E402
 from training.scoring import score_rows  # noqa: E402
 from training.tasks import load_base, train_selection  # noqa: E402
-from training.trainer import QGSATrainingArguments  # noqa: E402
 
 
 SEEDS = (1, 2, 3)
@@ -41,15 +40,6 @@ VARIANTS = {
     "all": tuple(WEIGHTS),
     "+ utility + attention": ("utility_weight", "attention_weight"),
 }
-
-
-def parse_arguments(arguments: list[str]):
-    """The preset's arguments, the demo's by default; those of the command line win."""
-    _, arguments = read_preset(["--output_dir", "outputs/ablation", *arguments])
-    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=__doc__)
-    run, args = parser.parse_args_into_dataclasses(arguments)
-    args.remove_unused_columns, args.report_to = False, []
-    return run, args
 
 
 def folder_of(output: Path, name: str, seed: int) -> Path:
@@ -117,7 +107,7 @@ def format_ablation(rows: list[dict]) -> str:
 
 
 def main():
-    run, args = parse_arguments(sys.argv[1:])
+    _, run, args = parse_arguments(["--output_dir", "outputs/ablation", *sys.argv[1:]], __doc__)
     output = Path(args.output_dir)
     variants = [(name, seed) for name in VARIANTS for seed in SEEDS]
     for name, seed in variants:

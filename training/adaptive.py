@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 from transformers import HfArgumentParser
 
 
@@ -24,10 +24,6 @@ from training.data.cards import FAMILIES, Cards  # noqa: E402
 from training.data.collator import QuestionCollator  # noqa: E402
 from training.evaluation import DENSE, System, add_flops, evaluate_systems  # noqa: E402
 from training.report import write_results  # noqa: E402
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 FIXED = [(0, 8), (0, 16), (1, 8), (1, 16), (1, 32), (2, 16), (2, 32), (2, 48), (3, 32), (3, 60)]
@@ -84,8 +80,8 @@ def format_spending(adaptive: dict, best: dict) -> str:
 
 def plot_spending(model, processor, questions, path: Path):
     """Visual tokens kept against the estimated complexity, one point a question, coloured and moved by its family."""
-    answers, samples, complexity = spend(model, processor, questions)
-    families, tokens = np.array([sample["family"] for sample in samples]), np.array(answers)
+    tokens, samples, complexity = spend(model, processor, questions)
+    families, tokens = np.array([sample["family"] for sample in samples]), np.array(tokens)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     rng = np.random.default_rng(0)
     for number, family in enumerate(FAMILIES):

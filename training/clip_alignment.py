@@ -8,7 +8,6 @@ attention, which gathers them into the pooled vector, is taken out: the *value p
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 
 import numpy as np
 import open_clip
@@ -16,7 +15,6 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from PIL import Image
 from torch.nn.functional import interpolate, linear, normalize
-from tqdm import tqdm
 
 from training.store import digest
 
@@ -224,16 +222,3 @@ class PatchWordAlignment:
             for key in missing:
                 self.store.put(key, found[key])
         return torch.stack([found[key] for key in keys])
-
-    def precompute(self, images: Iterable[Image.Image], batch_size: int = 64):
-        """Fill the store with the patch features of all images. Raises ValueError where there is no store."""
-        if self.store is None:
-            raise ValueError("store is None: there is nowhere to keep the patch features")
-        batch = []
-        for image in tqdm(images, desc="patch features"):
-            batch.append(image)
-            if len(batch) == batch_size:
-                self.features(batch)
-                batch = []
-        if batch:
-            self.features(batch)

@@ -124,11 +124,17 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
-def main():
-    preset, arguments = read_preset(sys.argv[1:])
-    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=__doc__)
+def parse_arguments(arguments: list[str], description: str) -> tuple[str, RunArguments, QGSATrainingArguments]:
+    """The preset's name and its arguments, where those of the command line win; `description` is for `--help`."""
+    preset, arguments = read_preset(arguments)
+    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=description)
     run, args = parser.parse_args_into_dataclasses(arguments)
     args.remove_unused_columns, args.report_to = False, []
+    return preset, run, args
+
+
+def main():
+    preset, run, args = parse_arguments(sys.argv[1:], __doc__)
     if args.resume_from_checkpoint is None:
         args.resume_from_checkpoint = last_checkpoint(args.output_dir)
     set_seed(args.seed)

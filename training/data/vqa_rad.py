@@ -141,12 +141,9 @@ def _make_sample(row: dict, image: Image.Image) -> dict:
     }
 
 
-VqaRad = Questions  # what `load_vqa_rad` makes
-
-
 def load_vqa_rad(
     data_dir: str | Path | None = None, split: str = "train", by: str = "published", seed: int = 0
-) -> VqaRad:
+) -> Questions:
     """Load one split of VQA-RAD.
 
     Args:
@@ -179,4 +176,4 @@ def load_vqa_rad(
         rows = [row for row in rows if image_split(row["image_name"], seed) == split]
     usable, skipped = usable_rows(rows, find_image, _row_problem)
     report_skipped(f"VQA-RAD {split} (by {by})", len(rows), skipped)
-    return VqaRad(usable, find_image, _make_sample, skipped)
+    return Questions(usable, find_image, _make_sample, skipped)
