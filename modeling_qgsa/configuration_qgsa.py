@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import SmolVLMConfig
 
 
-SELECTIONS = ("before_encoder", "after_encoder", "dense")
+SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 
 # Everything the Auto classes need to load a checkpoint with `trust_remote_code=True`.
 AUTO_MAP = {
@@ -32,6 +32,8 @@ class QGSAConfig(SmolVLMConfig):
         selection (`str`, defaults to `"before_encoder"`):
             `"before_encoder"` encodes the most relevant tiles only, then keeps the best visual tokens;
             `"after_encoder"` encodes every tile, then keeps the best visual tokens (QGSA as published);
+            `"blocks"` encodes only the most relevant blocks of patches of the most relevant tiles, one a visual token
+            and at most as many as tokens may be kept, then keeps the best visual tokens;
             `"dense"` is the stock model, bit for bit.
         min_visual_tokens (`int`, defaults to 16): fewest visual tokens kept, of the glance and the tiles together.
         max_visual_tokens (`int`, defaults to 128): most visual tokens kept.
@@ -45,6 +47,7 @@ class QGSAConfig(SmolVLMConfig):
         complexity_levels (`int`, defaults to 9): complexities from 0 to 1 that the estimator tells apart.
         complexity_quantile (`float`, defaults to 0.95): the budget is to suffice with this estimated probability;
             a lower one is cheaper.
+        tiles_per_step (`int`, *optional*): tiles encoded at once, all of them by default; see `tune`.
         global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the
             defaults are those of the published SmolVLM tokenizers.
         tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in all.
@@ -66,6 +69,7 @@ class QGSAConfig(SmolVLMConfig):
     gumbel_temperature: float | int = 1.0
     complexity_levels: int = 9
     complexity_quantile: float | int = 0.95
+    tiles_per_step: int | None = None
     image_token_id: int = 49190
     global_image_token_id: int = 49152
     end_of_utterance_token_id: int = 49279
@@ -100,6 +104,8 @@ class QGSAConfig(SmolVLMConfig):
             raise ValueError(f"complexity_levels is {self.complexity_levels}: it has to be at least 2")
         if not 0 < self.complexity_quantile <= 1:
             raise ValueError(f"complexity_quantile is {self.complexity_quantile}: it has to be above 0 and at most 1")
+        if self.tiles_per_step is not None and self.tiles_per_step < 1:
+            raise ValueError(f"tiles_per_step is {self.tiles_per_step}: it has to be at least 1")
         if len(self.tile_token_ids) != 36:
             raise ValueError(f"tile_token_ids holds {len(self.tile_token_ids)} ids: 6 rows of 6 columns make 36")
 
@@ -147,25 +153,3 @@ def pop_budget(kwargs: dict) -> dict:
     """Take the budget fields out of a call's keyword arguments, so that the rest can be passed on."""
     names = ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
     return {name: kwargs.pop(name) for name in names if name in kwargs}
-
-
-def check_architecture(config):
-    """Raise ValueError unless the config is that of a dense model this one can be made from."""
-    if config.model_type not in ("idefics3", "smolvlm"):
-        raise ValueError(f"model_type is {config.model_type!r}: from_dense takes idefics3 and smolvlm checkpoints")
-
-
-def marker_ids(tokenizer) -> dict:
-    """Ids of SmolVLM's marker tokens, as fields of [`QGSAConfig`]. Raises ValueError where the tokenizer lacks one."""
-    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
-    known = tokenizer.get_vocab()
-    lacking = [name for name in names if name not in known]
-    if lacking:
-        raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
-    return {
-        "image_token_id": known["<image>"],
-        "global_image_token_id": known["<global-img>"],
-        "end_of_utterance_token_id": known["<end_of_utterance>"],
-        "tile_token_ids": [known[name] for name in tiles],
-    }

@@ -7,32 +7,28 @@
     splice  take the kept positions together, each at its original position id
     answer  the stock text model, the stock generate()
 
-`selection="after_encoder"` looks at every tile; `selection="dense"` hands everything to the stock model.
+`selection="after_encoder"` looks at every tile, `"blocks"` at single blocks of the chosen tiles; `"dense"` hands
+everything to the stock model.
 """
 
 from dataclasses import dataclass
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
     SmolVLMForConditionalGeneration,
     SmolVLMModel,
 )
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_qgsa import Budget, QGSAConfig, check_architecture, marker_ids, pop_budget
+from .configuration_qgsa import Budget, QGSAConfig, pop_budget
+from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .selection_qgsa import (
     Glance,
     Prompt,
     QGSASelection,
     SelectedInputs,
-    Views,
     VisualLayout,
-    check_views,
     complexity_at,
     describe_selection,
     find_question,
@@ -43,6 +39,7 @@ from .selection_qgsa import (
     rank_tokens,
     read_layout,
     relaxed_top_k,
+    relevance_of_tokens,
     scores_of_tiles,
     splice,
     tile_relevance,
@@ -51,13 +48,14 @@ from .selection_qgsa import (
     token_cells,
 )
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
+from .vision_qgsa import PartialVision, Views, VisualCache, check_views
 
 
 @dataclass
 class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
     """SmolVLM's output, the `selection` and the `glance` it was made from (None where nothing was selected).
 
-    `image_hidden_states` are the features of the encoded tiles, `(n, P, D)`.
+    `image_hidden_states` are the features of the encoded tiles, `(n, P, D)`; of "blocks", 0 where none was chosen.
     """
 
     selection: QGSASelection | None = None
@@ -75,7 +73,7 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     glance: Glance | None = None
 
 
-class QGSASmolVLMModel(SmolVLMModel):
+class QGSASmolVLMModel(PartialVision, SmolVLMModel):
     """SmolVLM without its language head, with the selector."""
 
     config_class = QGSAConfig
@@ -99,15 +97,6 @@ class QGSASmolVLMModel(SmolVLMModel):
         super()._init_weights(module)
         if isinstance(module, QuestionGuidedSelector):
             module.init_weights()
-
-    def encode_tiles(self, views: Views, layout: VisualLayout, tiles: torch.BoolTensor) -> torch.Tensor:
-        """Encode the tiles chosen by `tiles` (`(T,)` bool) and no other: `(n, P, D)`."""
-        if views.features is not None:
-            return views.features[tiles]
-        where = (layout.tile_sample[tiles], layout.tile_ordinal[tiles])
-        pixel_mask = None if views.pixel_attention_mask is None else views.pixel_attention_mask[where][None]
-        features = self.get_image_features(views.pixel_values[where][None], pixel_mask, return_dict=True).pooler_output
-        return torch.cat(list(features)).view(-1, layout.tokens_per_tile, self.config.text_config.hidden_size)
 
     def glance_and_point(self, prompt: Prompt, views: Views, question_mask=None) -> Glance:
         """Steps 1 to 3: read the layout, encode the global views, ask the selector."""
@@ -144,15 +133,20 @@ class QGSASmolVLMModel(SmolVLMModel):
         keep = keep_top_k(to_images(scores, layout, 0), to_images(~layout.is_global, layout, False), m)
         return keep[layout.tile_image, layout.tile_slot] | layout.is_global
 
-    def look(self, glance: Glance, views: Views, tiles: torch.BoolTensor) -> torch.Tensor:
-        """Step 4: features of the chosen `tiles`, `(n, P, D)`; the global views among them are not encoded again."""
+    def choose(self, selection: str, glance: Glance, m, k, scores: torch.Tensor | None = None) -> torch.BoolTensor:
+        """The visual tokens to look at, `(T, P)` bool: all those of the global views and of the chosen tiles, of which
+        "blocks" takes the k of each image that have the highest relevance (or `scores`, `(T, P)`).
+        """
         layout = glance.layout
-        features = glance.features.new_zeros(len(tiles), *glance.features.shape[1:])
-        features = features.index_put((layout.is_global,), glance.features)
-        new = tiles & ~layout.is_global
-        if new.any():
-            features = features.index_put((new,), self.encode_tiles(views, layout, new))
-        return features[tiles]
+        tiles = torch.ones_like(layout.is_global)
+        if selection != "after_encoder":
+            tiles = self.choose_tiles(glance, m, scores)
+        looked = tiles[:, None].expand(-1, layout.tokens_per_tile)
+        if selection != "blocks":
+            return looked
+        scores = relevance_of_tokens(glance.relevance, layout) if scores is None else scores
+        is_global = layout.is_global[:, None]
+        return to_tiles(keep_top_k(*rank_tokens(scores, looked & ~is_global, layout), k), layout) | is_global
 
     def score_tokens(self, glance: Glance, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
         """The selector's scores of the visual tokens of the chosen `tiles`, `(n, P)`."""
@@ -160,10 +154,13 @@ class QGSASmolVLMModel(SmolVLMModel):
         places = glance.relevance[image].gather(1, token_cells(layout)[tiles])
         return places + self.selector.match_tokens(glance.question_state[image], features, layout.is_global[tiles])
 
-    def keep(self, glance: Glance, scores: torch.Tensor, tiles: torch.BoolTensor, k: torch.Tensor) -> torch.BoolTensor:
-        """Step 5: the k best visual tokens of every image among those of the chosen `tiles`: `(T, P)` bool."""
-        keep = keep_top_k(*rank_tokens(scores, tiles, glance.layout), k)
-        return to_tiles(keep, glance.layout)
+    def keep(self, glance: Glance, scores: torch.Tensor, looked: torch.BoolTensor, k) -> torch.BoolTensor:
+        """Step 5: the k best visual tokens of every image among those `looked` at, `(T, P)` bool.
+
+        `scores` `(n, P)` are those of the tiles with tokens that were looked at.
+        """
+        scores = scores.new_zeros(looked.shape).index_put((looked.any(1),), scores)
+        return to_tiles(keep_top_k(*rank_tokens(scores, looked, glance.layout), k), glance.layout)
 
     def embed(self, input_ids, layout: VisualLayout, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
         """Word embeddings with the features of the encoded `tiles` at their placeholders, `(B, L, D)`."""
@@ -179,13 +176,10 @@ class QGSASmolVLMModel(SmolVLMModel):
         layout, (m, k) = glance.layout, budget.resolve(glance.complexity)
         given = None if scores is None else scores_of_tiles(scores, layout)
 
-        tiles = torch.ones_like(layout.is_global)
-        if budget.selection == "before_encoder":
-            tiles = self.choose_tiles(glance, m, given)
-        features = self.look(glance, views, tiles)
-        kept = self.keep(
-            glance, self.score_tokens(glance, features, tiles) if given is None else given[tiles], tiles, k
-        )
+        looked = self.choose(budget.selection, glance, m, k, given)
+        features, tiles = self.look(glance, views, looked), looked.any(1)
+        token_scores = self.score_tokens(glance, features, tiles) if given is None else given[tiles]
+        kept = self.keep(glance, token_scores, looked, k)
 
         embeds = self.embed(prompt.input_ids, layout, features, tiles)
         (embeds, mask, positions), keep_indices = splice(
@@ -209,16 +203,17 @@ class QGSASmolVLMModel(SmolVLMModel):
         """
         glance = self.glance_and_point(prompt, views, question_mask)
         layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
-        every = torch.ones_like(layout.is_global)
-        features = self.look(glance, views, every)
-        tiles = self.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
-        scores = self.score_tokens(glance, features[tiles], tiles)
-        kept = self.keep(glance, scores, tiles, k)
-        gates = to_tiles(relaxed_top_k(*rank_tokens(scores, tiles, layout), k, temperature), layout)
+        looked = self.choose(budget.selection, glance, m, k)
+        features, tiles = self.look(glance, views, torch.ones_like(looked)), looked.any(1)
+        seen = self.look(glance, views, looked) if budget.selection == "blocks" else features[tiles]
+        scores = self.score_tokens(glance, seen, tiles)
+        kept = self.keep(glance, scores, looked, k)
+        everywhere = scores.new_zeros(looked.shape).index_put((tiles,), scores)
+        gates = to_tiles(relaxed_top_k(*rank_tokens(everywhere, looked, layout), k, temperature), layout)
 
-        embeds = self.embed(prompt.input_ids, layout, features, every)
+        embeds = self.embed(prompt.input_ids, layout, seen, tiles)
         (embeds, mask, positions, log_gates), keep_indices = splice(
-            positions_to_keep(prompt.attention_mask, layout, tiles[:, None].expand_as(gates)),
+            positions_to_keep(prompt.attention_mask, layout, looked),
             (embeds, 0.0),
             (prompt.attention_mask, 0),
             (prompt.position_ids, 0),
@@ -242,15 +237,20 @@ class QGSASmolVLMModel(SmolVLMModel):
         visual_token_scores: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
+        lazy_tiles=None,
+        visual_cache: VisualCache | None = None,
         gumbel_temperature: float | None = None,
         selection: str | None = None,
         **kwargs,
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector here."""
         budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
-        views = Views(pixel_values, pixel_attention_mask, image_hidden_states)
-        if budget.selection == "dense" and image_hidden_states is not None:
-            raise ValueError('selection is "dense": it takes pixel_values, image_hidden_states are for the selector')
+        views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
+        if budget.selection == "dense":
+            views.refuse_dense()
+            if pixel_values is not None and self.vision_model.dtype != self.text_model.dtype:
+                inputs_embeds = self.embed_dense(input_ids, pixel_values, pixel_attention_mask)
+                input_ids = pixel_values = pixel_attention_mask = None
         if views.are_none or inputs_embeds is not None or budget.selection == "dense":
             outputs = super().forward(
                 input_ids=input_ids,
@@ -318,33 +318,10 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
         Raises ValueError for a checkpoint of another architecture, naming it, or where a weight is without its place.
         """
-        if isinstance(base, PreTrainedModel):
-            dense = base
-        else:
-            check_architecture(AutoConfig.from_pretrained(base))
-            dense = AutoModelForImageTextToText.from_pretrained(base)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
-        check_architecture(dense.config)
-        if tokenizer is not None:
-            fields = marker_ids(tokenizer) | fields
-
-        vision = dense.config.vision_config.to_dict()
-        del vision["model_type"]
-        config = QGSAConfig(
-            text_config=dense.config.text_config.to_dict(),
-            vision_config=vision,
-            scale_factor=dense.config.scale_factor,
-            tie_word_embeddings=dense.config.tie_word_embeddings,
-            **({"image_token_id": dense.config.image_token_id} | fields),
-        )
+        dense, tokenizer = load_dense(base, tokenizer)
+        config = config_of_dense(dense, tokenizer, fields)
         model = cls._from_config(config, attn_implementation=dense.config._attn_implementation, dtype=dense.dtype)
-        missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
-        missing = [name for name in missing if not name.startswith(("model.selector.", "model.complexity_estimator."))]
-        if missing or unexpected:
-            raise ValueError(
-                f"of the {len(dense.state_dict())} weights of {type(dense).__name__} {len(unexpected)} have no place "
-                f"here ({unexpected[:3]}), and {len(missing)} of ours were not given ({missing[:3]})"
-            )
+        copy_dense_weights(dense, model)
         model.generation_config = dense.generation_config
         return model.to(dense.device).train(dense.training)
 
@@ -362,6 +339,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
+        lazy_tiles=None,
+        visual_cache: VisualCache | None = None,
         gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
@@ -379,6 +358,9 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
                 selector's. A tile's score is the highest of its tokens.
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, in the place of
                 `pixel_values` where they are known; not for "dense".
+            lazy_tiles: what the processor gives with `lazy_tiles=True` beside the pixels of the global views: the
+                other tiles are cut when they are looked at.
+            visual_cache: a [`VisualCache`] in which tiles are looked up, and what is new is kept; inference only.
             gumbel_temperature: of the relaxed selection; `config.gumbel_temperature` by default.
             selection, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config for this call.
 
@@ -396,6 +378,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             question_mask=question_mask,
             visual_token_scores=visual_token_scores,
             image_hidden_states=image_hidden_states,
+            lazy_tiles=lazy_tiles,
+            visual_cache=visual_cache,
             gumbel_temperature=gumbel_temperature,
             selection=selection,
             **kwargs,
@@ -422,6 +406,30 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             glance=outputs.glance if self.training else None,
         )
 
+    def tune(
+        self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None
+    ) -> "QGSASmolVLMForConditionalGeneration":
+        """Set what is a matter of the machine: the precision of the encoder, and how many tiles it takes at once.
+
+        On CPUs with bfloat16 instructions `model.tune(torch.bfloat16, tiles_per_step=1)` halves the time of the
+        encoder, while the text model is faster in float32; `training/benchmark.py` measures it. It holds for "dense"
+        too, which then is the stock model but for rounding.
+
+        Args:
+            vision_dtype: of encoder and connector, converted in place; None leaves it.
+            tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it.
+
+        Returns the model. Raises ValueError where `tiles_per_step` is below 1.
+        """
+        if tiles_per_step is not None and tiles_per_step < 1:
+            raise ValueError(f"tiles_per_step is {tiles_per_step}: it has to be at least 1")
+        if vision_dtype is not None:
+            self.model.vision_model.to(vision_dtype)
+            self.model.connector.to(vision_dtype)
+        if tiles_per_step is not None:
+            self.config.tiles_per_step = tiles_per_step
+        return self
+
     @torch.no_grad()
     def select(
         self,
@@ -433,6 +441,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        lazy_tiles=None,
+        visual_cache: VisualCache | None = None,
         **overrides,
     ) -> QGSASelection:
         """Select without answering; arguments as in `forward`. Raises ValueError for "dense", which keeps all."""
@@ -440,7 +450,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         if budget.selection == "dense":
             raise ValueError('selection is "dense": there is nothing to select, choose one of the other variants')
         prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
-        views = Views(pixel_values, pixel_attention_mask)
+        views = Views(pixel_values, pixel_attention_mask, None, lazy_tiles, visual_cache)
         return self.model.select_inputs(budget, prompt, views, question_mask, visual_token_scores).selection
 
     @torch.no_grad()
@@ -454,6 +464,9 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         position_ids: torch.LongTensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
+        lazy_tiles=None,
+        visual_cache: VisualCache | None = None,
         selection: str | None = None,
         **kwargs,
     ):
@@ -464,7 +477,10 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         """
         input_ids = inputs if input_ids is None else input_ids
         budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
-        if pixel_values is None or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
+        views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
+        if budget.selection == "dense":
+            views.refuse_dense()
+        if views.are_none or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
             given = {
                 "pixel_values": pixel_values,
                 "pixel_attention_mask": pixel_attention_mask,
@@ -475,7 +491,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         selected = self.model.select_inputs(
             budget,
             Prompt.of(input_ids, attention_mask, position_ids),
-            Views(pixel_values, pixel_attention_mask),
+            views,
             question_mask,
             visual_token_scores,
         )

@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from transformers import Idefics3Processor
+from transformers import BatchFeature, Idefics3Processor
 from transformers.image_utils import load_image
 
 from .selection_qgsa import QGSASelection, find_question, read_layout
+from .tiles_qgsa import LazyImage, LazyTiles
 
 
 MIN_SIDE = 4  # px; a smaller image holds nothing to look at
@@ -20,14 +21,21 @@ class QGSAProcessor(Idefics3Processor):
     Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens of the last turn of the user: what the
     selector reads.
 
+    With `lazy_tiles=True` only the global views become pixels at once; the inputs then carry `lazy_tiles`, from which
+    the model cuts the tiles that it looks at, and no others.
+
     Raises ValueError for an image with a side below 4 px or sides further apart than 1 : 200, and for an image whose
     question has no word.
     """
 
     _auto_class = "AutoProcessor"
 
-    def __call__(self, images=None, text=None, **kwargs):
-        inputs = super().__call__(images=load_images(images), text=text, **kwargs)
+    def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
+        images = load_images(images)
+        if lazy_tiles and images is not None and text is not None:
+            inputs = self.prepare_lazily(images, text, **kwargs)
+        else:
+            inputs = super().__call__(images=images, text=text, **kwargs)
         if images is None or text is None:
             return inputs
         masks = [
@@ -37,6 +45,41 @@ class QGSAProcessor(Idefics3Processor):
         tensors = torch.is_tensor(inputs["input_ids"])
         inputs["question_mask"] = torch.stack(masks) if tensors else [mask.tolist() for mask in masks]
         return inputs
+
+    def prepare_lazily(self, images, text, size=None, do_image_splitting=None, **tokenizer_kwargs) -> BatchFeature:
+        """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand.
+
+        Pixels are those of the image processor's PIL backend, whatever backend it has. `size` and
+        `do_image_splitting` are the image processor's, all else is for the tokenizer.
+        """
+        own = self.image_processor
+        longest_edge = (size or own.size)["longest_edge"]
+        split = own.do_image_splitting if do_image_splitting is None else do_image_splitting
+        text = [text] if isinstance(text, str) else list(text)
+        samples = [
+            [
+                LazyImage(to_rgb(image), longest_edge, own.max_image_size["longest_edge"], split, own.resample)
+                for image in sample
+            ]
+            for sample in images_of_samples(images, [prompt.count(self.image_token) for prompt in text])
+        ]
+        for number, sample in enumerate(samples):
+            between = text[number].split(self.image_token)
+            shown = [self.image_prompt(*image.grid) for image in sample]
+            text[number] = between[0] + "".join(image + words for image, words in zip(shown, between[1:]))
+        tiles = LazyTiles(samples, own)
+        inputs = self.tokenizer(text, **tokenizer_kwargs)
+        return BatchFeature({**inputs, "pixel_values": tiles.global_views(), "lazy_tiles": tiles})
+
+    def image_prompt(self, rows: int, columns: int) -> str:
+        """The text of an image of `rows` x `columns` tiles; 0 x 0 is a single tile, its own global view."""
+        tokens, lines = self.image_token * self.image_seq_len, ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                lines += f"{self.fake_image_token}<row_{row}_col_{column}>{tokens}"
+            lines += "\n"
+        separator = "\n" if rows else ""
+        return f"{lines}{separator}{self.fake_image_token}{self.global_image_tag}{tokens}{self.fake_image_token}"
 
     def mask_question(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
         """1 on the tokens of the question, 0 elsewhere; all `(L,)`. Raises ValueError for images without one."""
@@ -73,9 +116,7 @@ class QGSAProcessor(Idefics3Processor):
         """
         if not 0 <= index < len(selection.grids):
             raise ValueError(f"index is {index}: the selection holds {len(selection.grids)} images")
-        image = load_image(image) if isinstance(image, str) else image
-        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        image = image.convert("RGB")
+        image = to_rgb(load_image(image) if isinstance(image, str) else image)
         tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
         colour = np.asarray(image)
         grey = np.asarray(image.convert("L").convert("RGB")) // 2 + 96
@@ -96,6 +137,26 @@ def load_images(images):
     if images is not None:
         check_image(images)
     return images
+
+
+def to_rgb(image) -> Image.Image:
+    """A PIL image, or an array of `(height, width, 3)` uint8, as a PIL image in RGB."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    return image.convert("RGB")
+
+
+def images_of_samples(images, counts: list[int]) -> list[list]:
+    """The images of each sample, of which the prompts name `counts`. Raises ValueError where the numbers differ."""
+    images = images if isinstance(images, list | tuple) else [images]
+    if not any(isinstance(image, list | tuple) for image in images):
+        if sum(counts) != len(images):
+            raise ValueError(f"the prompts name {sum(counts)} images, and {len(images)} are given")
+        images = iter(images)
+        return [[next(images) for _ in range(count)] for count in counts]
+    given = [len(sample) for sample in images]
+    if given != counts:
+        raise ValueError(f"the prompts name {counts} images, and {given} are given")
+    return [list(sample) for sample in images]
 
 
 def check_image(image):

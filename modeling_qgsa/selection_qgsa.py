@@ -60,25 +60,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Views:
-    """What there is to look at: the pixels of all tiles, or the features of all tiles where they are known.
-
-    Args:
-        pixel_values: `(B, tiles, 3, H, W)`.
-        pixel_attention_mask: `(B, tiles, H, W)`.
-        features: `(T, P, D)`.
-    """
-
-    pixel_values: torch.Tensor | None
-    pixel_attention_mask: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-
-    @property
-    def are_none(self) -> bool:
-        return self.pixel_values is None and self.features is None
-
-
-@dataclass(frozen=True)
 class VisualLayout:
     """Where the tiles of a batch stand in its prompts.
 
@@ -295,20 +276,31 @@ def to_tiles(rows: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
     return rows.view(len(rows), -1, layout.tokens_per_tile)[layout.tile_image, layout.tile_slot]
 
 
-def rank_tokens(
-    scores: torch.Tensor, tiles: torch.BoolTensor, layout: VisualLayout
-) -> tuple[torch.Tensor, torch.BoolTensor]:
-    """All tokens of an image in a row, where those of the chosen tiles are candidates for `keep_top_k`.
+def relevance_of_tokens(relevance: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """The relevance map read at the centre of every visual token, `(T, P)`, bilinearly between the cells' centres.
+
+    Finer than `token_cells`: within a cell that stands out the tokens around its centre come first.
 
     Args:
-        scores: `(n, P)`, of the tokens of the `n` chosen tiles.
-        tiles: `(T,)` bool.
-
-    Returns `(scores, candidates)`, `(I, slots * P)` each.
+        relevance: `(I, C)` log-probabilities over the cells of the glance, a square map of the whole image.
     """
-    everywhere = scores.new_zeros(len(tiles), layout.tokens_per_tile).index_put((tiles,), scores)
-    candidates = to_images(tiles[:, None].expand_as(everywhere), layout, False)
-    return to_images(everywhere, layout, 0).flatten(1), candidates.flatten(1)
+    side = round(relevance.shape[1] ** 0.5)
+    steps = (torch.arange(side, device=relevance.device) + 0.5) / side
+    axes = []
+    for axis, index in enumerate((layout.tile_column, layout.tile_row)):
+        parts = layout.grids[layout.tile_image, 1 - axis].clamp(min=1)
+        place = (index.clamp(min=0)[:, None] + steps) / torch.where(layout.is_global, 1, parts)[:, None]
+        axes.append(2 * place.to(relevance.dtype) - 1)
+    where = torch.stack([axes[0][:, None, :].expand(-1, side, -1), axes[1][:, :, None].expand(-1, -1, side)], dim=-1)
+    maps = relevance.view(-1, 1, side, side)[layout.tile_image]
+    return nn.functional.grid_sample(maps, where, padding_mode="border", align_corners=False).flatten(1)
+
+
+def rank_tokens(
+    scores: torch.Tensor, candidates: torch.BoolTensor, layout: VisualLayout
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """All tokens of an image in a row, for `keep_top_k`: `scores` and `candidates` `(T, P)` as `(I, slots * P)`."""
+    return to_images(scores, layout, 0).flatten(1), to_images(candidates, layout, False).flatten(1)
 
 
 def keep_top_k(scores: torch.Tensor, candidates: torch.BoolTensor, k: torch.LongTensor) -> torch.BoolTensor:
@@ -412,32 +404,6 @@ def splice(
         out = tensor.new_full((len(keep), length, *tensor.shape[2:]), fill)
         taken.append(out.index_put((sample, column), tensor[sample, position]))
     return taken, keep_indices
-
-
-def check_views(views: Views, layout: VisualLayout):
-    """Raise ValueError unless the views are exactly the tiles of the layout, with finite pixels.
-
-    Tiles that are zero throughout are padding, as in the stock model.
-    """
-    if views.features is not None:
-        if views.features.shape[:2] != (len(layout.tile_row), layout.tokens_per_tile):
-            raise ValueError(
-                f"image_hidden_states has shape {tuple(views.features.shape)}: the prompts have placeholders for "
-                f"{len(layout.tile_row)} tiles of {layout.tokens_per_tile} visual tokens"
-            )
-        return
-    pixel_values, samples = views.pixel_values, layout.tile_of_position.shape[0]
-    if pixel_values.dim() != 5 or len(pixel_values) != samples:
-        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: expected {samples} x tiles x 3 x H x W")
-    size = pixel_values.abs().flatten(2).sum(-1, dtype=torch.float32)
-    for sample in (~size.isfinite().all(1)).nonzero()[:1, 0].tolist():
-        raise ValueError(f"sample {sample}: pixel_values holds NaN or infinite values")
-    wanted = torch.bincount(layout.tile_sample, minlength=samples)
-    for sample in ((size != 0).sum(1) != wanted).nonzero()[:1, 0].tolist():
-        raise ValueError(
-            f"sample {sample}: the prompt has placeholders for {wanted[sample]} tiles, pixel_values holds "
-            f"{int((size[sample] != 0).sum())}"
-        )
 
 
 def scores_of_tiles(scores: torch.Tensor, layout: VisualLayout) -> torch.Tensor:

@@ -72,7 +72,10 @@ def test_default_markers_are_those_of_the_published_tokenizer():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"selection": "everything"}, "selection is 'everything': choose from before_encoder, after_encoder, dense"),
+        (
+            {"selection": "everything"},
+            "selection is 'everything': choose from before_encoder, after_encoder, blocks, dense",
+        ),
         ({"min_visual_tokens": 65, "max_visual_tokens": 64}, "min_visual_tokens 65 is above max_visual_tokens 64"),
         ({"min_tiles": 5, "max_tiles": 4}, "min_tiles 5 is above max_tiles 4"),
         ({"min_visual_tokens": 0}, "min_visual_tokens is 0: it has to be at least 1"),

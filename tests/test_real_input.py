@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from modeling_qgsa.configuration_qgsa import marker_ids
+from modeling_qgsa.conversion_qgsa import marker_ids
 from modeling_qgsa.selection_qgsa import read_layout
 from training.data.collator import QuestionCollator
 from training.data.vqa_rad import load_vqa_rad

@@ -3,8 +3,6 @@ import pytest
 import torch
 
 from modeling_qgsa.selection_qgsa import (
-    Views,
-    check_views,
     complexity_at,
     find_question,
     gated_attention_mask,
@@ -257,31 +255,6 @@ def test_find_question_reads_nothing_that_is_hidden():
     readable = torch.tensor([[True, False, True, True, True, True, False, False, False]])
     question = find_question(ids, readable, END)
     assert ids[question].tolist() == [1, 21, 22]
-
-
-def test_check_views():
-    layout = read(prompts([1] + image_block(1, 2, 4), [1] + image_block(0, 0, 4)))
-    pixels = torch.zeros(2, 3, 3, 8, 8)
-    pixels[0], pixels[1, 0] = 1, 1
-    check_views(Views(pixels), layout)
-    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 1 tiles, pixel_values holds 3"):
-        check_views(Views(torch.ones_like(pixels)), layout)
-    with pytest.raises(ValueError, match="sample 0: the prompt has placeholders for 3 tiles, pixel_values holds 2"):
-        check_views(Views(pixels[:, :2]), layout)
-    with pytest.raises(ValueError, match=r"shape \(1, 3, 3, 8, 8\): expected 2 x tiles"):
-        check_views(Views(pixels[:1]), layout)
-    for bad in (float("nan"), float("inf")):
-        pixels[1, 0, 0, 3, 3] = bad
-        with pytest.raises(ValueError, match="sample 1: pixel_values holds NaN or infinite values"):
-            check_views(Views(pixels), layout)
-
-
-def test_check_views_with_features():
-    layout = read(prompts([1] + image_block(1, 2, 4), [1] + image_block(0, 0, 4)))
-    check_views(Views(None, features=torch.zeros(4, 4, 8)), layout)
-    for shape in ((3, 4, 8), (4, 5, 8)):
-        with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}, 8\): .* 4 tiles of 4 visual tokens"):
-            check_views(Views(None, features=torch.zeros(shape)), layout)
 
 
 def test_scores_of_tiles():

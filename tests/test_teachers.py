@@ -7,7 +7,8 @@ import torch
 
 import training.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Prompt, Views, positions_to_keep
+from modeling_qgsa.selection_qgsa import Prompt, positions_to_keep
+from modeling_qgsa.vision_qgsa import Views
 from training.data.collator import QuestionCollator
 from training.teachers import (
     answer_log_likelihood,
@@ -44,7 +45,7 @@ def encode(model, batch):
     with torch.no_grad():
         views = Views(batch["pixel_values"], batch.get("pixel_attention_mask"))
         glance = model.model.glance_and_point(prompt, views, batch.get("question_mask"))
-        every = torch.ones_like(glance.layout.is_global)
+        every = torch.ones(len(glance.layout.is_global), glance.layout.tokens_per_tile, dtype=torch.bool)
         features = model.model.look(glance, views, every)
     return glance, features, prompt
 

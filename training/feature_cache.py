@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_qgsa.selection_qgsa import Views
+from modeling_qgsa.vision_qgsa import Views
 from training.evaluation import layout_of
 from training.store import TensorStore, digest
 

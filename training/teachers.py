@@ -73,9 +73,8 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
         scores: `(T, P)`, the selector's scores of all visual tokens.
     """
     m, k = budget.resolve(complexity)
-    every = torch.ones_like(glance.layout.is_global)
-    tiles = model.model.choose_tiles(glance, m, None) if budget.selection == "before_encoder" else every
-    kept = model.model.keep(glance, scores[tiles], tiles, k)
+    looked = model.model.choose(budget.selection, glance, m, k)
+    kept = model.model.keep(glance, scores[looked.any(1)], looked, k)
     return positions_to_keep(prompt.attention_mask, glance.layout, kept)
 
 

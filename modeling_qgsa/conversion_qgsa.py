@@ -1,0 +1,68 @@
+"""From a dense SmolVLM to QGSA: which checkpoints are taken, their configuration, and their weights."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+from .configuration_qgsa import QGSAConfig
+
+
+OWN = ("model.selector.", "model.complexity_estimator.")
+
+
+def load_dense(base, tokenizer=None):
+    """The dense model and the tokenizer of `base`: a Hub id, a folder, or a model, whose tokenizer is as given.
+
+    Raises ValueError for a checkpoint of another architecture, naming it, before any weight is loaded.
+    """
+    if isinstance(base, PreTrainedModel):
+        check_architecture(base.config)
+        return base, tokenizer
+    check_architecture(AutoConfig.from_pretrained(base))
+    return AutoModelForImageTextToText.from_pretrained(base), tokenizer or AutoTokenizer.from_pretrained(base)
+
+
+def config_of_dense(dense, tokenizer, fields: dict) -> QGSAConfig:
+    """The configuration of a QGSA model with the sizes of `dense`, the markers of `tokenizer`, and `fields`."""
+    if tokenizer is not None:
+        fields = marker_ids(tokenizer) | fields
+    vision = dense.config.vision_config.to_dict()
+    del vision["model_type"]
+    return QGSAConfig(
+        text_config=dense.config.text_config.to_dict(),
+        vision_config=vision,
+        scale_factor=dense.config.scale_factor,
+        tie_word_embeddings=dense.config.tie_word_embeddings,
+        **({"image_token_id": dense.config.image_token_id} | fields),
+    )
+
+
+def copy_dense_weights(dense, model):
+    """Copy every weight of `dense` to `model`. Raises ValueError where one is without its place, or one is missing."""
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    missing = [name for name in missing if not name.startswith(OWN)]
+    if missing or unexpected:
+        raise ValueError(
+            f"of the {len(dense.state_dict())} weights of {type(dense).__name__} {len(unexpected)} have no place "
+            f"here ({unexpected[:3]}), and {len(missing)} of ours were not given ({missing[:3]})"
+        )
+
+
+def check_architecture(config):
+    """Raise ValueError unless the config is that of a dense model this one can be made from."""
+    if config.model_type not in ("idefics3", "smolvlm"):
+        raise ValueError(f"model_type is {config.model_type!r}: from_dense takes idefics3 and smolvlm checkpoints")
+
+
+def marker_ids(tokenizer) -> dict:
+    """Ids of SmolVLM's marker tokens, as fields of [`QGSAConfig`]. Raises ValueError where the tokenizer lacks one."""
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
+    known = tokenizer.get_vocab()
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
+    return {
+        "image_token_id": known["<image>"],
+        "global_image_token_id": known["<global-img>"],
+        "end_of_utterance_token_id": known["<end_of_utterance>"],
+        "tile_token_ids": [known[name] for name in tiles],
+    }

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Idefics3ImageProcessorPil
+
+from modeling_qgsa.tiles_qgsa import LazyImage, LazyTiles
+
+
+SIZES = [(256, 256), (256, 64), (64, 128), (37, 91), (500, 333), (8, 300), (1000, 999), (64, 64), (63, 64), (5, 5)]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("longest_edge, tile", [(256, 64), (2048, 512), (100, 64), (64, 64)])
+def test_tiles_are_those_of_the_stock_processor(longest_edge, tile, split):
+    stock = Idefics3ImageProcessorPil(
+        size={"longest_edge": longest_edge}, max_image_size={"longest_edge": tile}, do_image_splitting=split
+    )
+    rng = np.random.default_rng(0)
+    for size in SIZES if tile == 64 else SIZES[3:5]:
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        expected = stock(image, return_tensors="pt", return_row_col_info=True)
+        lazy = LazyImage(image, longest_edge, tile, split, stock.resample)
+        tiles = LazyTiles([[lazy]], stock)
+        assert lazy.grid == (expected["rows"][0][0], expected["cols"][0][0]) and tiles.counts == [lazy.last + 1]
+        places = list(range(lazy.last + 1))
+        assert torch.equal(tiles.cut([0] * len(places), places), expected["pixel_values"][0])
+        assert torch.equal(tiles.global_views(), expected["pixel_values"][:, -1:])
+
+
+def test_keys_tell_images_and_places_apart(make_image):
+    first, same, other = (LazyImage(make_image(seed), 256, 64, True, 1) for seed in (0, 0, 1))
+    tiles = LazyTiles([[first], [same, other]], None)
+    keys = [tiles.key(0, 0), tiles.key(0, 1), tiles.key(1, 0), tiles.key(1, 17)]
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+
+
+def test_lazy_inputs_are_those_of_the_stock_processor(processor, make_image):
+    text = [
+        "User:<image>what is it?<end_of_utterance>\nAssistant:",
+        "User: why is that so?<end_of_utterance>\nAssistant:",
+        "User:<image>and<image>now?<end_of_utterance>\nAssistant:",
+    ]
+    images = [[make_image(0)], [], [make_image(1, 256, 64), make_image(2, 32, 32)]]
+    call = {"text": text, "padding": True, "return_tensors": "pt"}
+    for given in (images, [image for sample in images for image in sample]):
+        eager, lazy = processor(images=given, **call), processor(images=given, **call, lazy_tiles=True)
+        for name in ("input_ids", "attention_mask", "question_mask"):
+            assert torch.equal(eager[name], lazy[name])
+        assert lazy["pixel_values"].shape == (3, 2, 3, 64, 64) and not lazy["pixel_values"][1].any()
+        assert torch.equal(lazy["pixel_values"][2], eager["pixel_values"][2, [4, 5 + 4 * 4]])
+        assert lazy["lazy_tiles"].counts == [17, 0, 5 + 17]
+
+
+def test_lazy_inputs_follow_the_options_of_images_and_take_what_images_come_as(processor, make_image, tmp_path):
+    path = tmp_path / "image.png"
+    make_image(0).convert("RGBA").save(path)
+    call = {"text": "<image>what?", "return_tensors": "pt", "lazy_tiles": True}
+    for image in (str(path), make_image(0), np.asarray(make_image(0)), [make_image(0)], [[make_image(0)]]):
+        assert processor(images=image, **call)["lazy_tiles"].counts == [17]
+    image = make_image(0)
+    assert processor(images=image, do_image_splitting=False, **call)["lazy_tiles"].counts == [1]
+    assert processor(images=image, size={"longest_edge": 128}, **call)["lazy_tiles"].counts == [5]
+
+
+def test_lazy_inputs_move_with_the_batch(processor, make_image):
+    inputs = processor(images=make_image(), text="<image>what?", return_tensors="pt", lazy_tiles=True).to("cpu")
+    assert torch.is_tensor(inputs["pixel_values"]) and inputs["lazy_tiles"].counts == [17]
+
+
+def test_a_wrong_number_of_images_is_named(processor, make_image):
+    call = {"text": ["<image>what?", "<image>why?"], "padding": True, "lazy_tiles": True}
+    with pytest.raises(ValueError, match="prompts name 2 images, and 1 are given"):
+        processor(images=[make_image()], **call)
+    with pytest.raises(ValueError, match=r"prompts name \[1, 1\] images, and \[2, 0\] are given"):
+        processor(images=[[make_image(), make_image()], []], **call)
