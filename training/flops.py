@@ -1,4 +1,9 @@
-"""FLOPs of an answer by part, counted by torch; a multiply-add is two."""
+"""FLOPs of an answer by part: counted by torch, and by formula. A multiply-add is two.
+
+    python training/flops.py --processor ../shared/checkpoints/smolvlm-256m-instruct
+
+prints QGSA's own table, the cross-modal attention at k = 17, and beside it what the whole answer costs.
+"""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -12,6 +17,12 @@ def _cpu_attention(query, key, value, *args, **kwargs):
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
 
 
+def vision_modules(model) -> list:
+    """The modules whose FLOPs are those of vision: between them they hold all matrix products of the encoder."""
+    vision = model.model.vision_model
+    return [vision.embeddings.patch_embedding, vision.encoder, model.model.connector.modality_projection]
+
+
 def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str, int]:
     """Count one greedy `model.generate(**inputs, **options)`: FLOPs of `vision`, `prefill`, `decode`, and `total`.
 
@@ -19,21 +30,101 @@ def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str
     decode is the rest of the tokens.
     """
     vision, tokens = [], []
+    # In eval mode torch runs whole transformer layers as one kernel, of which the counter knows nothing.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
 
-        def before(module, args):
+        def before(module, args, kwargs):
             vision.append(-counter.get_total_flops())
 
         def after(module, args, output):
             vision.append(counter.get_total_flops())
 
         hooks = [model.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
-        for part in (model.model.vision_model, model.model.connector):
-            hooks += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
+        for part in vision_modules(model):
+            hooks += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
         try:
             model.generate(**inputs, **options, do_sample=False, max_new_tokens=max_new_tokens)
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for hook in hooks:
                 hook.remove()
     total, first = counter.get_total_flops(), tokens[0]
     return {"vision": sum(vision), "prefill": first - sum(vision), "decode": total - first, "total": total}
+
+
+def vision_flops(config, sequences: list[int]) -> int:
+    """Encoder and connector over sequences of so many patches each: whole tiles, or packed blocks.
+
+    Args:
+        config: a [`QGSAConfig`] or SmolVLM's own.
+    """
+    vision, scale = config.vision_config, config.scale_factor**2
+    width, flops = vision.hidden_size, 0
+    for patches in sequences:
+        layer = 2 * patches * width * (4 * width + 2 * vision.intermediate_size) + 4 * patches**2 * width
+        embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+        connector = 2 * (patches // scale) * width * scale * config.text_config.hidden_size
+        flops += vision.num_hidden_layers * layer + embedding + connector
+    return flops
+
+
+def text_flops(config, new: int, seen: int = 0) -> int:
+    """One pass of the text model over `new` tokens that attend to `seen` earlier ones and themselves, one logit row.
+
+    Attention is counted as the kernels run it in the prefill: every token with every other one.
+    """
+    text = config.text_config
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    projections = 2 * new * text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    attention = 4 * new * (seen + new) * queries
+    return text.num_hidden_layers * (projections + attention) + 2 * text.hidden_size * text.vocab_size
+
+
+def selector_flops(config, question: int, tiles: int) -> int:
+    """Selector and complexity estimator for one image: a question of `question` tokens, `tiles` with features."""
+    width, hidden, cells = config.text_config.hidden_size, config.selector_hidden_size, config.tokens_per_tile
+    read = min(question, config.max_question_tokens)
+    length = cells + read
+    layers = config.selector_layers * (24 * length * hidden**2 + 4 * length**2 * hidden)
+    ends = 2 * length * hidden * (width + 1)  # into its width, and out to relevances and weights of words
+    match = 4 * tiles * width * hidden * (1 + cells)
+    estimator = 2 * hidden * (2 * width + config.complexity_levels)
+    return layers + ends + match + estimator
+
+
+def estimate_flops(
+    config, tiles: int, prompt: int, new_tokens: int, question: int | None = None, blocks: tuple[int, ...] = ()
+) -> dict[str, int]:
+    """FLOPs of one answer about one image by formula, in the parts of `count_flops`.
+
+    Args:
+        tiles: whole tiles encoded, the global view included.
+        prompt: tokens of the prompt that the text model reads, kept visual tokens included.
+        new_tokens: tokens of the answer.
+        question: tokens of the question, which the selector reads; None for a model that does not select.
+        blocks: of each tile that is encoded in part, how many blocks.
+    """
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    sequences = [patches] * tiles + [sum(blocks) * config.scale_factor**2] * bool(blocks)
+    vision = vision_flops(config, sequences)
+    prefill = text_flops(config, prompt)
+    if question is not None:
+        prefill += selector_flops(config, question, tiles + len(blocks))
+    decode = sum(text_flops(config, 1, prompt + step) for step in range(new_tokens - 1))
+    return {"vision": vision, "prefill": prefill, "decode": decode, "total": vision + prefill + decode}
+
+
+def paper_table(kept: int = 17, patch: int = 16) -> list[dict]:
+    """QGSA's own measure: cross-modal attention, in which every word of the question attends to every patch.
+
+    A row for each image size of the paper: `pixels` of a side, `patches`, `saved` (share of the FLOPs) and `times`
+    (fewer) when `kept` patches are left. The number of words and the width cancel out.
+    """
+    rows = []
+    for pixels in (224, 336, 384, 448, 576):
+        patches = (pixels // patch) ** 2
+        rows.append({"pixels": pixels, "patches": patches, "saved": 1 - kept / patches, "times": patches / kept})
+    return rows
