@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field, fields
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -30,6 +31,7 @@ class System:
         model: a QGSA model, tuned or with the dense checkpoint's own weights.
         options: passed to `generate`.
         scores: makes `visual_token_scores` from the layout and a generator; None leaves them to the selector.
+        peer: a method of `training/peers.py`, whose budget is `max_visual_tokens` of the options.
         image_kwargs: image processor options.
         blank: whether the image is replaced by a grey one.
     """
@@ -38,6 +40,7 @@ class System:
     model: object
     options: dict = field(default_factory=dict)
     scores: object = None
+    peer: object = None
     image_kwargs: dict | None = None
     blank: bool = False
 
@@ -133,8 +136,8 @@ def ask(
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     layout = layout_of(model.config, inputs["input_ids"])
-    options = options_of(system, layout, generator)
     began = time.perf_counter()
+    options = options_of(system, inputs, layout, generator)
     output = model.generate(
         **inputs, **options, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True
     )
@@ -146,7 +149,7 @@ def ask(
     if "selection" in output:
         answers.visual_tokens += output.selection.visual_tokens.tolist()
         answers.tiles += output.selection.tiles.tolist()
-        maps = [[]] * len(samples) if system.scores else output.selection.relevance.tolist()
+        maps = [[]] * len(samples) if system.scores or system.peer else output.selection.relevance.tolist()
         answers.relevance += maps
         answers.kept += [kept_regions(output.selection, row, layout.tokens_per_tile) for row in range(len(samples))]
     else:
@@ -169,11 +172,13 @@ def kept_regions(selection, index: int, tokens_per_tile: int) -> list[list[float
     ]
 
 
-def options_of(system: System, layout, generator) -> dict:
+def options_of(system: System, inputs: dict, layout, generator) -> dict:
     """What `generate` is given beside the inputs: the options of the system, and its scores where it has some."""
-    if system.scores is None:
-        return system.options
-    return {**system.options, "visual_token_scores": system.scores(layout, generator).to(system.model.device)}
+    if system.peer is not None:
+        return system.options | system.peer(system.model, inputs, layout, system.options["max_visual_tokens"])
+    if system.scores is not None:
+        return system.options | {"visual_token_scores": system.scores(layout, generator).to(system.model.device)}
+    return system.options
 
 
 def layout_of(config, input_ids):
@@ -278,7 +283,8 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
         for index in trange(min(questions, len(dataset)), desc=f"FLOPs of {system.name}", leave=False):
             inputs = show(system, [dataset[index]], processor)
             inputs = {name: value.to(system.model.device) for name, value in inputs.items()}
-            options = options_of(system, layout_of(system.model.config, inputs["input_ids"]), generator)
-            counts.append(count_flops(system.model, inputs, max_new_tokens, **options))
+            layout = layout_of(system.model.config, inputs["input_ids"])
+            options = partial(options_of, system, inputs, layout, generator)
+            counts.append(count_flops(system.model, inputs, max_new_tokens, options))
         row["flops"] = {part: float(np.mean([count[part] for count in counts])) for part in counts[0]}
         row["flops"]["cross_modal_attention"] = None

@@ -23,8 +23,10 @@ def vision_modules(model) -> list:
     return [vision.embeddings.patch_embedding, vision.encoder, model.model.connector.modality_projection]
 
 
-def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str, int]:
+def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, **options) -> dict[str, int]:
     """Count one greedy `model.generate(**inputs, **options)`: FLOPs of `vision`, `prefill`, `decode`, and `total`.
+
+    Further options are those that `make_options()` returns; what it does to make them is counted too.
 
     Vision is the encoder and the connector; prefill is all else up to the first new token, the selector included;
     decode is the rest of the tokens.
@@ -45,7 +47,7 @@ def count_flops(model, inputs: dict, max_new_tokens: int, **options) -> dict[str
         for part in vision_modules(model):
             hooks += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
         try:
-            model.generate(**inputs, **options, do_sample=False, max_new_tokens=max_new_tokens)
+            model.generate(**inputs, **options, **make_options(), do_sample=False, max_new_tokens=max_new_tokens)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
             for hook in hooks:
