@@ -204,8 +204,14 @@ class QGSASmolVLMModel(PartialVision, SmolVLMModel):
         glance = self.glance_and_point(prompt, views, question_mask)
         layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
         looked = self.choose(budget.selection, glance, m, k)
-        features, tiles = self.look(glance, views, torch.ones_like(looked)), looked.any(1)
-        seen = self.look(glance, views, looked) if budget.selection == "blocks" else features[tiles]
+        every, tiles = torch.ones_like(looked), looked.any(1)
+        if budget.selection == "blocks":  # whole tiles are for the teachers then
+            with torch.no_grad():
+                features = self.look(glance, views, every)
+            seen = self.look(glance, views, looked)
+        else:
+            features = self.look(glance, views, every)
+            seen = features[tiles]
         scores = self.score_tokens(glance, seen, tiles)
         kept = self.keep(glance, scores, looked, k)
         everywhere = scores.new_zeros(looked.shape).index_put((tiles,), scores)

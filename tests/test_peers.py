@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from training.evaluation import layout_of
+from training.evaluation import encode_all, layout_of
 from training.flops import count_flops
-from training.peers import PEERS, cdpruner, divprune, encode_all, fastv, greedy_map, visionzip
+from training.peers import PEERS, cdpruner, divprune, fastv, greedy_map, visionzip
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_visionzip_reads_the_attention_of_the_last_but_one_layer(make_model, mak
 
 def test_visionzip_averages_what_it_drops(model, single):
     layout = layout_of(model.config, single["input_ids"])
-    features, options = encode_all(model, single, layout), visionzip(model, single, layout, 64)
+    features, options = encode_all(model, single), visionzip(model, single, layout, 64)
     changed = (options["image_hidden_states"] != features).any(-1).flatten()
     assert 0 < int(changed.sum()) <= 10
     kept = options["visual_token_scores"][0].view(-1) > 0
@@ -74,7 +74,7 @@ def test_visionzip_averages_what_it_drops(model, single):
 
 def test_divprune_picks_the_farthest_next(model, batch, layout):
     options = divprune(model, batch, layout, 6)
-    features = encode_all(model, batch, layout)[layout.tile_sample == 1].flatten(0, 1)
+    features = encode_all(model, batch)[layout.tile_sample == 1].flatten(0, 1)
     unit = torch.nn.functional.normalize(features, dim=-1)
     distance = 1 - unit @ unit.T
     order = options["visual_token_scores"][1].argsort(descending=True)[:6]

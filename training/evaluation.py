@@ -14,6 +14,7 @@ from tqdm.auto import tqdm, trange
 
 from modeling_qgsa.processing_qgsa import kept_maps
 from modeling_qgsa.selection_qgsa import read_layout
+from modeling_qgsa.vision_qgsa import Views
 from training.baselines import centre_scores, random_scores
 from training.data.collator import QuestionCollator
 from training.flops import count_flops
@@ -84,13 +85,20 @@ class Answers:
 
 
 def answer(
-    systems: list[System], dataset, processor, batch_size: int, max_new_tokens: int, seed: int = 0
+    systems: list[System],
+    dataset,
+    processor,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    share_features: bool = False,
 ) -> tuple[list[Answers], list[dict]]:
     """Ask every system every question of `dataset` through `generate`, greedily.
 
     The systems take turns, batch by batch, so that a slow minute of the machine slows them all alike. Several
     processes share the batches, and each gets the answers to all of them. Seconds are those of the model, the batch's
-    divided by its size.
+    divided by its size. With `share_features` the first system's model encodes every tile once for all systems that
+    encode whole tiles: answers are the same where their encoders are, seconds are not.
 
     Returns the answers of each system, and the samples that were asked, see `without_image`.
     """
@@ -104,6 +112,8 @@ def answer(
                 view = (system.blank, str(system.image_kwargs))
                 if view not in shown:
                     shown[view] = show(system, samples, processor)
+                    if share_features:
+                        shown[view]["image_hidden_states"] = encode_all(systems[0].model, shown[view])
                 # By the batch and not by what came before: a share of the batches has the scores that all have.
                 generator = torch.Generator().manual_seed(seed + start)
                 ask(system, samples, shown[view], processor, max_new_tokens, generator, answers)
@@ -135,6 +145,8 @@ def ask(
     """Add to `answers` what `system` says of `samples`."""
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if system.options.get("selection") in ("dense", "blocks"):
+        inputs.pop("image_hidden_states", None)
     layout = layout_of(model.config, inputs["input_ids"])
     began = time.perf_counter()
     options = options_of(system, inputs, layout, generator)
@@ -175,10 +187,21 @@ def kept_regions(selection, index: int, tokens_per_tile: int) -> list[list[float
 def options_of(system: System, inputs: dict, layout, generator) -> dict:
     """What `generate` is given beside the inputs: the options of the system, and its scores where it has some."""
     if system.peer is not None:
-        return system.options | system.peer(system.model, inputs, layout, system.options["max_visual_tokens"])
+        made = system.peer(system.model, inputs, layout, system.options["max_visual_tokens"])
+        inputs.pop("image_hidden_states", None)
+        return system.options | made
     if system.scores is not None:
         return system.options | {"visual_token_scores": system.scores(layout, generator).to(system.model.device)}
     return system.options
+
+
+@torch.no_grad()
+def encode_all(model, inputs: dict) -> torch.Tensor:
+    """Features of every tile of some inputs, `(T, P, D)`; those in the inputs where they are known."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    layout = layout_of(model.config, inputs["input_ids"])
+    views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states"))
+    return model.model.encode_tiles(views, layout, torch.ones_like(layout.is_global))
 
 
 def layout_of(config, input_ids):
@@ -253,13 +276,14 @@ def evaluate_systems(
     max_new_tokens: int,
     seed: int = 0,
     scoring: str = "cards",
+    share_features: bool = False,
 ) -> list[dict]:
     """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with.
 
     `scoring` is the name of the data set whose rules say what is right, see `training/scoring.py`; its own metric is
     in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
     """
-    everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed)
+    everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed, share_features)
     rows, dense = [], None
     for system, answers in zip(systems, everything):
         right = score_rows(scoring, answers.predictions, samples)

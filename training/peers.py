@@ -9,14 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_qgsa.selection_qgsa import Prompt, VisualLayout, to_images, to_tiles
-from modeling_qgsa.vision_qgsa import Views
-
-
-@torch.no_grad()
-def encode_all(model, inputs: dict, layout: VisualLayout) -> torch.Tensor:
-    """Features of every tile, `(T, P, D)`."""
-    views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
-    return model.model.encode_tiles(views, layout, torch.ones_like(layout.is_global))
+from training.evaluation import encode_all
 
 
 def options_for(features: torch.Tensor, scores: torch.Tensor, layout: VisualLayout) -> dict[str, torch.Tensor]:
@@ -42,7 +35,7 @@ def fastv(model, inputs: dict, layout: VisualLayout, k: int, layer: int = 2) -> 
 
     FastV prunes behind that layer; here its first layers run once more over what is kept.
     """
-    features = encode_all(model, inputs, layout)
+    features = encode_all(model, inputs)
     prompt, text_model = Prompt.of(inputs["input_ids"], inputs["attention_mask"]), model.model.text_model
     hidden = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
     rotary = text_model.rotary_emb(hidden, prompt.position_ids)
@@ -100,11 +93,12 @@ def _attention_received(model, inputs: dict, layout: VisualLayout) -> tuple[torc
     """
     vision, scale = model.model.vision_model, model.config.scale_factor
     layer, inner = vision.encoder.layers[-2], []
+    inputs = {name: value for name, value in inputs.items() if name != "image_hidden_states"}
     hook = layer.self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: inner.append(kwargs["hidden_states"]), with_kwargs=True
     )
     try:
-        features = encode_all(model, inputs, layout)
+        features = encode_all(model, inputs)
     finally:
         hook.remove()
     attention, received, keys = layer.self_attn, [], []
@@ -125,7 +119,7 @@ def _attention_received(model, inputs: dict, layout: VisualLayout) -> tuple[torc
 @torch.no_grad()
 def divprune(model, inputs: dict, layout: VisualLayout, k: int) -> dict[str, torch.Tensor]:
     """DivPrune (Alvar et al. 2025): the most diverse tokens, greedily the farthest from those picked (cosine)."""
-    features = encode_all(model, inputs, layout)
+    features = encode_all(model, inputs)
     rows = torch.nn.functional.normalize(to_images(features, layout, 0).flatten(1, 2).float(), dim=-1)
     candidates = to_images(torch.ones_like(features[..., 0], dtype=torch.bool), layout, False).flatten(1)
     order = []
@@ -149,7 +143,7 @@ def cdpruner(model, inputs: dict, layout: VisualLayout, k: int) -> dict[str, tor
     Relevance is the cosine between a token and the mean of the question's word embeddings, from 0 to 1 within an
     image: SmolVLM's encoder has no text side to ask. The most probable set is picked greedily.
     """
-    features = encode_all(model, inputs, layout)
+    features = encode_all(model, inputs)
     words = model.get_input_embeddings()(inputs["input_ids"]) * inputs["question_mask"][..., None]
     question = torch.nn.functional.normalize(words.sum(1).float(), dim=-1)[layout.image_sample]
     rows = torch.nn.functional.normalize(to_images(features, layout, 0).flatten(1, 2).float(), dim=-1)

@@ -1,0 +1,355 @@
+"""How long an answer takes: stock SmolVLM, its cheaper settings, published pruning methods and QGSA, in one run.
+
+    python training/benchmark.py --architecture 256m --longest_edges 2048 --output_dir outputs/speed_256m
+
+All systems see the same images in the same process and take turns; medians are over the repeats, each with an image of
+its own, after a warm-up. Weights are random unless `--checkpoint` is given: what an answer costs does not depend on
+them. Budgets are therefore set (`--tiles`, `--tokens`) and not estimated. Writes `results.json`, `table.md` and plots.
+
+Published pruning methods and QGSA run in the precision and the steps that are the fastest here for stock SmolVLM too
+(`dense-tuned`), which the run finds out first. On a GPU everything is in bfloat16.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, HfArgumentParser, Idefics3Processor
+
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
+    sys.path[0] = str(HERE.parent)
+
+from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
+from modeling_qgsa.selection_qgsa import QGSASelection  # noqa: E402
+from modeling_qgsa.vision_qgsa import encode_blocks  # noqa: E402
+from training.evaluation import layout_of  # noqa: E402
+from training.flops import estimate_flops  # noqa: E402
+from training.meter import PARTS, now, peak_memory, time_answer, weight_bytes  # noqa: E402
+from training.peers import PEERS  # noqa: E402
+from training.speed_report import write_speed  # noqa: E402
+
+
+SHARED = HERE.parent.parent / "shared"
+QUESTION = "Is there evidence of an abnormality in this image?"
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to time, and on what."""
+
+    architecture: str = field(default="256m", metadata={"help": "256m or 500m."})
+    checkpoint: str | None = field(default=None, metadata={"help": "QGSA checkpoint; random weights without it."})
+    files: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of config and processor; of the architecture by default."}
+    )
+    images: str = field(
+        default=str(SHARED / "data" / "vqa_rad" / "images"), metadata={"help": "Folder of images to ask about."}
+    )
+    longest_edges: list[int] = field(
+        default_factory=lambda: [2048], metadata={"help": "px that images are scaled to; 2048 is stock's own."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Questions at once."})
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "What to time."})
+    repeats: int = field(default=5, metadata={"help": "How often."})
+    new_tokens: int = field(default=8, metadata={"help": "Length of every answer."})
+    tiles: int = field(default=2, metadata={"help": "m: high-resolution tiles that QGSA encodes."})
+    tokens: int = field(default=17, metadata={"help": "k: visual tokens kept, by all that prune."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
+    output_dir: str = field(default="outputs/speed", metadata={"help": "Where results, table and plots go."})
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A system: which of the models, how images are prepared for it, and how it selects.
+
+    Args:
+        model: "stock" (as shipped, float32), "bfloat16" (stock in bfloat16), "plain" (ours, float32) or "tuned".
+        selection: ours only.
+        edge: what becomes of the longest edge: "full", "half", or "native", which scales no image up.
+        split: whether there are tiles beside the global view.
+        peer: a method of `training/peers.py`.
+    """
+
+    model: str
+    selection: str = "dense"
+    edge: str = "full"
+    split: bool = True
+    peer: str | None = None
+
+    @property
+    def lazy(self) -> bool:
+        return self.selection in ("before_encoder", "blocks")
+
+
+SYSTEMS = {
+    "dense": Timed("stock"),
+    "dense-bfloat16": Timed("bfloat16"),
+    "dense-tuned": Timed("tuned"),
+    "dense-native-size": Timed("stock", edge="native"),
+    "dense-half-resolution": Timed("stock", edge="half"),
+    "dense-global-only": Timed("stock", split=False),
+    **{name: Timed("tuned", "after_encoder", peer=name) for name in PEERS},
+    "qgsa-after-encoder": Timed("tuned", "after_encoder"),
+    "qgsa-float32": Timed("plain", "before_encoder"),
+    "qgsa": Timed("tuned", "before_encoder"),
+    "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
+    "qgsa-blocks": Timed("tuned", "blocks"),
+}
+
+
+def build_models(run, processor) -> dict[str, torch.nn.Module]:
+    """The models that systems name. They share no weights: precision is a matter of each."""
+    files = files_of(run)
+    device = torch.device(run.device)
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def fresh():
+        torch.manual_seed(0)
+        stock = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(files), dtype=torch.float32)
+        return QGSASmolVLMForConditionalGeneration.from_dense(stock, processor.tokenizer), stock
+
+    def load():
+        if run.checkpoint:
+            return QGSASmolVLMForConditionalGeneration.from_pretrained(run.checkpoint, dtype=torch.float32), None
+        return fresh()
+
+    wanted = {SYSTEMS[name].model for name in run.systems}
+    models = {}
+    for name in wanted:
+        ours, stock = load()
+        model = ours if name in ("plain", "tuned") or stock is None else stock
+        model = model.to(device, torch.bfloat16 if name == "bfloat16" else kind).eval()
+        model.generation_config.eos_token_id = None  # every answer is to have the same length
+        model.generation_config.use_cache = True  # whatever a training left in the config
+        models[name] = model
+    return models
+
+
+def files_of(run) -> str:
+    """Where config and processor come from: as given, or of the published checkpoint, from `../shared` if it is there.
+
+    Raises ValueError for an unknown architecture.
+    """
+    if run.files:
+        return run.files
+    if run.architecture not in ("256m", "500m"):
+        raise ValueError(f"architecture is {run.architecture!r}: choose from 256m, 500m")
+    local = SHARED / "checkpoints" / f"smolvlm-{run.architecture}-instruct"
+    return str(local) if local.is_dir() else f"HuggingFaceTB/SmolVLM-{run.architecture.upper()}-Instruct"
+
+
+def tune(model) -> dict:
+    """Give `model` the precision and step that encode 17 tiles fastest on this machine; returns what was tried."""
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(1, 17, 3, side, side, device=model.device)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for step in (1, 4, 17):
+            model.tune(dtype, step)
+            with torch.no_grad():
+                model.model.get_image_features(pixels[:, :1])
+                began = now(model.device)
+                model.model.get_image_features(pixels)
+            seconds[dtype, step] = now(model.device) - began
+    best = min(seconds, key=seconds.get)
+    model.tune(*best)
+    tried = {f"{str(dtype).removeprefix('torch.')}, {step} at once": value for (dtype, step), value in seconds.items()}
+    return {"vision_dtype": str(best[0]), "tiles_per_step": best[1], "seconds_of_17_tiles": tried}
+
+
+def pick_images(folder: str, count: int) -> list[Image.Image]:
+    """`count` images, evenly spaced among those of the folder by name. Raises ValueError where there are fewer."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if len(paths) < count:
+        raise ValueError(f"images: {folder} holds {len(paths)} images, {count} are needed")
+    return [Image.open(paths[index * len(paths) // count]).convert("RGB") for index in range(count)]
+
+
+def greedy(length: int) -> dict:
+    """Options of `generate` for an answer of exactly `length` tokens."""
+    return {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length}
+
+
+class Runner:
+    """Asks one system about one batch of images, as a user would."""
+
+    def __init__(self, name: str, run, models: dict, processors: dict):
+        self.name, self.run, self.system = name, run, SYSTEMS[name]
+        self.model = models[self.system.model]
+        self.processor = processors["ours" if self.system.model in ("plain", "tuned") else "stock"]
+
+    def process(self, images: list[Image.Image], edge: int) -> dict:
+        """The inputs of `generate` for a question about each image, the longest edge being `edge` px."""
+        if self.system.edge == "half":
+            edge //= 2
+        if self.system.edge == "native":
+            edge = min(edge, max(max(image.size) for image in images))
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        options = {"lazy_tiles": True} if self.system.lazy else {}
+        inputs = self.processor(
+            text=[text] * len(images),
+            images=[[image] for image in images],
+            size={"longest_edge": edge},
+            do_image_splitting=self.system.split,
+            padding=True,
+            return_tensors="pt",
+            **options,
+        )
+        return dict(inputs.to(self.model.device))
+
+    def generate(self, inputs: dict):
+        """Answer. Returns the output of `generate`."""
+        options = {}
+        if self.system.selection != "dense":
+            options = {
+                "selection": self.system.selection,
+                "min_tiles": self.run.tiles,
+                "max_tiles": self.run.tiles,
+                "min_visual_tokens": self.run.tokens,
+                "max_visual_tokens": self.run.tokens,
+            }
+        elif self.system.model in ("plain", "tuned"):
+            options = {"selection": "dense"}
+        if self.system.peer:
+            layout = layout_of(self.model.config, inputs["input_ids"])
+            options |= PEERS[self.system.peer](self.model, inputs, layout, self.run.tokens)
+        return self.model.generate(**inputs, **options, **greedy(self.run.new_tokens), return_dict_in_generate=True)
+
+    def describe(self, inputs: dict, selection: QGSASelection | None) -> dict:
+        """Tokens, tiles, FLOPs and KV-cache of an answer, each a question's mean."""
+        config, samples = self.model.config, len(inputs["input_ids"])
+        per_tile = (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
+        placeholders = int((inputs["input_ids"] == config.image_token_id).sum()) / samples
+        length = float(inputs["attention_mask"].sum()) / samples
+        tiles, tokens, blocks, question = placeholders / per_tile, placeholders, (), None
+        if selection is not None:
+            tokens = float(selection.visual_tokens.float().mean())
+            length = float((selection.keep_indices >= 0).sum()) / samples
+            looked = float(selection.tiles.float().mean())
+            question = float(inputs["question_mask"].sum()) / samples
+            tiles = 1 + looked
+            if self.system.selection == "blocks" and looked:
+                tiles, each = 1, min(self.run.tokens, looked * per_tile) / looked
+                blocks = (each,) * round(looked)
+        text = config.text_config
+        head = text.hidden_size // text.num_attention_heads
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * self.model.lm_head.weight.itemsize
+        return {
+            "visual_tokens_mean": tokens,
+            "tiles_mean": tiles - 1 + len(blocks),
+            "flops": estimate_flops(config, round(tiles), round(length), self.run.new_tokens, question, blocks),
+            "kv_cache_bytes": cached * (length + self.run.new_tokens - 1),
+            "prompt_tokens": length,
+        }
+
+
+def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]:
+    """Rows of `results.json` for one image size, the systems taking turns batch by batch."""
+    seconds = {runner.name: [] for runner in runners}
+    told, memory = {}, {}
+    with tqdm(total=(len(batches) + 1) * len(runners), desc=f"{edge} px") as progress:
+        for runner in runners:  # the warm-up, which also says how much memory it takes
+
+            def warm_up(runner=runner):
+                runner.generate(runner.process(batches[0], edge))
+
+            memory[runner.name] = peak_memory(runner.model.device, warm_up)
+            progress.update()
+        for batch in batches:
+            for runner in runners:
+                kept = {}
+
+                def process(runner=runner, kept=kept, batch=batch):
+                    kept["inputs"] = runner.process(batch, edge)
+                    return dict(kept["inputs"])
+
+                spent, output = time_answer(runner.model, process, runner.generate)
+                seconds[runner.name].append(spent)
+                told.setdefault(runner.name, []).append(runner.describe(kept["inputs"], output.get("selection")))
+                progress.update()
+    return [row_of(runner, edge, seconds[runner.name], told[runner.name], memory[runner.name]) for runner in runners]
+
+
+def row_of(runner: Runner, edge: int, seconds: list[dict], told: list[dict], memory: int) -> dict:
+    """One row: medians over the repeats, each of a batch divided by its size."""
+    size = runner.run.batch_size
+    totals = sorted(spent["total"] / size for spent in seconds)
+    mean = {name: sum(one[name] for one in told) / len(told) for name in told[0] if name != "flops"}
+    return {
+        "system": runner.name,
+        "longest_edge": edge,
+        **mean,
+        "flops": {part: sum(one["flops"][part] for one in told) / len(told) for part in told[0]["flops"]},
+        "seconds": {part: median(spent[part] / size for spent in seconds) for part in PARTS},
+        "seconds_median": median(totals),
+        "seconds_range": [totals[0], totals[-1]],
+        "questions_per_second": 1 / median(totals),
+        "memory_bytes": memory,
+        "weight_bytes": weight_bytes(runner.model),
+    }
+
+
+def add_overhead(rows: list[dict], runners: list[Runner], batches: list[list], edge: int):
+    """Put into the rows of what looks at parts: the seconds of the tiles, tokens and steps it did, measured alone.
+
+    `alone` is the encoder over so many tiles (and blocks) and the text model over a prompt of so many tokens, with as
+    many new ones; `overhead` is the time of the whole model, processing left out, divided by that.
+    """
+    for row, runner in zip(rows, runners):
+        if not runner.system.lazy:
+            continue
+        model, side = runner.model, runner.model.config.vision_config.image_size
+        pixels = torch.randn(1, 1, 3, side, side, device=model.device)
+        length = round(row["prompt_tokens"])
+        ids = torch.ones(runner.run.batch_size, length, dtype=torch.long, device=model.device)
+        blocks, scale = runner.system.selection == "blocks", model.config.scale_factor
+        image = torch.zeros(1, dtype=torch.long, device=model.device)
+        chosen = torch.arange(model.config.tokens_per_tile, device=model.device)[None] < runner.run.tokens
+        times = []
+        for _ in batches:
+            began = now(model.device)
+            with torch.no_grad():
+                for _ in range(runner.run.batch_size):
+                    tiles = 1 if blocks else 1 + round(row["tiles_mean"])
+                    model.model.get_image_features(pixels.expand(-1, tiles, -1, -1, -1))
+                    if blocks:
+                        encode_blocks(model.model.vision_model, model.model.connector, pixels[0], chosen, image, scale)
+                model.generate(ids, attention_mask=torch.ones_like(ids), **greedy(runner.run.new_tokens))
+            times.append((now(model.device) - began) / runner.run.batch_size)
+        row["alone"] = median(times)
+        row["overhead"] = (row["seconds_median"] - row["seconds"]["processing"]) / row["alone"]
+
+
+def main():
+    (run,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
+    unknown = [name for name in run.systems if name not in SYSTEMS]
+    if unknown:
+        raise SystemExit(f"unknown systems {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
+    files = files_of(run)
+    processors = {
+        "ours": QGSAProcessor.from_pretrained(files, backend="pil"),
+        "stock": Idefics3Processor.from_pretrained(files, backend="pil"),
+    }
+    images = pick_images(run.images, run.repeats * run.batch_size)
+    batches = [images[start : start + run.batch_size] for start in range(0, len(images), run.batch_size)]
+    models = build_models(run, processors["ours"])
+    tuning = tune(models["tuned"]) if "tuned" in models else None
+    runners = [Runner(name, run, models, processors) for name in run.systems]
+    rows = []
+    for edge in run.longest_edges:
+        measured = measure(runners, batches, edge)
+        add_overhead(measured, runners, batches, edge)
+        rows += measured
+    settings = vars(run) | {"files": Path(files).name, "images": Path(run.images).name}
+    print(write_speed(Path(settings.pop("output_dir")), settings, tuning, rows))
+
+
+if __name__ == "__main__":
+    main()
