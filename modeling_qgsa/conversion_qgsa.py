@@ -20,18 +20,18 @@ def load_dense(base, tokenizer=None):
     return AutoModelForImageTextToText.from_pretrained(base), tokenizer or AutoTokenizer.from_pretrained(base)
 
 
-def config_of_dense(dense, tokenizer, fields: dict) -> QGSAConfig:
-    """The configuration of a QGSA model with the sizes of `dense`, the markers of `tokenizer`, and `fields`."""
+def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
+    """The configuration of a QGSA model: sizes of the config `dense`, markers of `tokenizer`, and `fields`."""
     if tokenizer is not None:
         fields = marker_ids(tokenizer) | fields
-    vision = dense.config.vision_config.to_dict()
+    vision = dense.vision_config.to_dict()
     del vision["model_type"]
     return QGSAConfig(
-        text_config=dense.config.text_config.to_dict(),
+        text_config=dense.text_config.to_dict(),
         vision_config=vision,
-        scale_factor=dense.config.scale_factor,
-        tie_word_embeddings=dense.config.tie_word_embeddings,
-        **({"image_token_id": dense.config.image_token_id} | fields),
+        scale_factor=dense.scale_factor,
+        tie_word_embeddings=dense.tie_word_embeddings,
+        **({"image_token_id": dense.image_token_id} | fields),
     )
 
 

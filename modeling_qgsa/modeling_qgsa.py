@@ -325,7 +325,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         Raises ValueError for a checkpoint of another architecture, naming it, or where a weight is without its place.
         """
         dense, tokenizer = load_dense(base, tokenizer)
-        config = config_of_dense(dense, tokenizer, fields)
+        config = config_of_dense(dense.config, tokenizer, **fields)
         model = cls._from_config(config, attn_implementation=dense.config._attn_implementation, dtype=dense.dtype)
         copy_dense_weights(dense, model)
         model.generation_config = dense.generation_config

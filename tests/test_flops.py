@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from transformers import Idefics3Config
 
+from modeling_qgsa.conversion_qgsa import config_of_dense
 from modeling_qgsa.selection_qgsa import Prompt
 from modeling_qgsa.vision_qgsa import Views
-from training.flops import count_flops, estimate_flops, paper_table, text_flops
+from training.flops import (
+    answer_table,
+    count_flops,
+    estimate_flops,
+    format_tables,
+    paper_table,
+    selector_flops,
+    text_flops,
+    vision_flops,
+)
 
 
 BUDGET = {"min_visual_tokens": 20, "max_visual_tokens": 20}
@@ -64,3 +75,30 @@ def test_the_papers_table():
         0.987, abs=5e-4
     )
     assert round(rows[384]["times"]) == 34 and round(rows[576]["times"]) == 76
+
+
+@pytest.fixture
+def published():
+    """The sizes of SmolVLM-256M."""
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    text |= {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280, "model_type": "llama"}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"image_size": 512, "patch_size": 16}
+    return config_of_dense(Idefics3Config(text_config=text, vision_config=vision, scale_factor=4))
+
+
+def test_the_published_tile_costs_214_gflops_and_the_selector_far_less_than_two_percent_of_it(published):
+    tile = vision_flops(published, [1024])
+    assert tile == pytest.approx(214e9, rel=0.01)
+    assert selector_flops(published, question=128, tiles=3) < 0.02 * tile
+
+
+def test_the_table_of_answers(published):
+    rows = {row["system"]: row["flops"] for row in answer_table(published)}
+    dense, after, before, blocks = rows.values()
+    assert dense["vision"] == after["vision"] == 17 * vision_flops(published, [1024])
+    assert before["vision"] * 17 == dense["vision"] * 3
+    assert before["cross_modal_attention"] * 17 * 64 == dense["cross_modal_attention"] * 17
+    assert blocks["total"] < before["total"] < after["total"] < dense["total"]
+    table = format_tables({"256m": published})
+    assert "| 576 | 1296 | 98.7% | 76 |" in table and "| 256m | dense | " in table

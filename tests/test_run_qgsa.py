@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, dynamic_module_utils
 
 import training.data.load
+from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
 from training.data.load import DATASETS, load_data
@@ -213,3 +214,29 @@ def test_a_run_leaves_a_checkpoint_with_its_code(output, monkeypatch, tmp_path):
 def test_a_run_saves_what_it_resumes_from(output):
     assert (output / "checkpoint-2" / "trainer_state.json").is_file()
     assert json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_run_with_blocks_adapts_the_encoder_too(tmp_path):
+    """The adapters are merged: what is saved is a checkpoint like any other, that looks at blocks by itself."""
+    output = tmp_path / "blocks"
+    options = ["--max_steps", "2", "--test_size", "4", "--per_device_train_batch_size", "2", "--systems", "dense qgsa"]
+    done = run_script("--preset", "blocks", *options, "--use_cpu", "true", "--output_dir", str(output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
+    dense = AutoModelForImageTextToText.from_pretrained(ROOT / "hub_cards" / "tiny-dense")
+    assert model.config.selection == "blocks"
+    trained, before = model.state_dict(), dense.state_dict()
+    for name in (
+        "model.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "model.text_model.layers.0.self_attn.q_proj.weight",
+    ):
+        assert not torch.equal(trained[name], before[name]), name
+    kept = "model.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(trained[kept], before[kept])
+
+
+def test_blocks_do_not_go_with_a_feature_cache(tmp_path):
+    done = run_script(
+        "--preset", "blocks", "--feature_cache", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")
+    )
+    assert done.returncode and "selection is 'blocks': it takes pixels" in done.stderr

@@ -144,23 +144,26 @@ def files_of(run) -> str:
     return str(local) if local.is_dir() else f"HuggingFaceTB/SmolVLM-{run.architecture.upper()}-Instruct"
 
 
-def tune(model) -> dict:
-    """Give `model` the precision and step that encode 17 tiles fastest on this machine; returns what was tried."""
+def tune(model, tiles: int = 8) -> dict:
+    """Give `model` the precision and step that encode `tiles` tiles fastest here; returns what was tried."""
     side = model.config.vision_config.image_size
-    pixels = torch.randn(1, 17, 3, side, side, device=model.device)
-    seconds = {}
+    pixels = torch.randn(1, tiles, 3, side, side, device=model.device)
+    tried = []
     for dtype in (torch.float32, torch.bfloat16):
-        for step in (1, 4, 17):
+        for step in (1, tiles):
             model.tune(dtype, step)
             with torch.no_grad():
                 model.model.get_image_features(pixels[:, :1])
                 began = now(model.device)
                 model.model.get_image_features(pixels)
-            seconds[dtype, step] = now(model.device) - began
-    best = min(seconds, key=seconds.get)
-    model.tune(*best)
-    tried = {f"{str(dtype).removeprefix('torch.')}, {step} at once": value for (dtype, step), value in seconds.items()}
-    return {"vision_dtype": str(best[0]), "tiles_per_step": best[1], "seconds_of_17_tiles": tried}
+            tried.append((now(model.device) - began, dtype, step))
+    _, dtype, step = min(tried, key=lambda one: one[0])
+    model.tune(dtype, step)
+    return {
+        "vision_dtype": str(dtype).removeprefix("torch."),
+        "tiles_per_step": step,
+        f"seconds_of_{tiles}_tiles": [[str(d).removeprefix("torch."), s, seconds] for seconds, d, s in tried],
+    }
 
 
 def pick_images(folder: str, count: int) -> list[Image.Image]:

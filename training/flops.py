@@ -1,12 +1,25 @@
 """FLOPs of an answer by part: counted by torch, and by formula. A multiply-add is two.
 
-    python training/flops.py --processor ../shared/checkpoints/smolvlm-256m-instruct
+    python training/flops.py HuggingFaceTB/SmolVLM-256M-Instruct HuggingFaceTB/SmolVLM-500M-Instruct
 
 prints QGSA's own table, the cross-modal attention at k = 17, and beside it what the whole answer costs.
 """
 
+import argparse
+import json
+import sys
+from pathlib import Path
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoConfig
+
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
+    sys.path[0] = str(HERE.parent)
+
+from modeling_qgsa.conversion_qgsa import config_of_dense  # noqa: E402
 
 
 def _cpu_attention(query, key, value, *args, **kwargs):
@@ -119,6 +132,13 @@ def estimate_flops(
     return {"vision": vision, "prefill": prefill, "decode": decode, "total": vision + prefill + decode}
 
 
+def cross_modal_attention(config, question: int, tokens: int) -> int:
+    """FLOPs of the attention of `question` words to `tokens` visual tokens, in all layers of the text model."""
+    text = config.text_config
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers * 4 * question * tokens * text.num_attention_heads * head
+
+
 def paper_table(kept: int = 17, patch: int = 16) -> list[dict]:
     """QGSA's own measure: cross-modal attention, in which every word of the question attends to every patch.
 
@@ -130,3 +150,61 @@ def paper_table(kept: int = 17, patch: int = 16) -> list[dict]:
         patches = (pixels // patch) ** 2
         rows.append({"pixels": pixels, "patches": patches, "saved": 1 - kept / patches, "times": patches / kept})
     return rows
+
+
+def answer_table(config, question: int = 20, words: int = 43, new_tokens: int = 8, kept: int = 17) -> list[dict]:
+    """What an answer about an image of 4 x 4 tiles costs by formula: dense, and `kept` tokens chosen in three ways.
+
+    Args:
+        question: tokens of the question.
+        words: tokens of the prompt that are neither visual nor markers of high-resolution tiles.
+    """
+    visual = config.tokens_per_tile
+    ways = (
+        ("dense", 17, 17 * visual, 16, None, ()),
+        ("qgsa-after-encoder", 17, kept, 2, question, ()),
+        ("qgsa, m = 2", 3, kept, 2, question, ()),
+        ("qgsa-blocks, m = 2", 1, kept, 2, question, (kept - kept // 2, kept // 2)),
+    )
+    rows = []
+    for system, tiles, tokens, marked, asked, blocks in ways:
+        flops = estimate_flops(config, tiles, words + tokens + 2 * marked, new_tokens, asked, blocks)
+        flops["cross_modal_attention"] = cross_modal_attention(config, question, tokens)
+        rows.append({"system": system, "visual_tokens_mean": tokens, "flops": flops})
+    return rows
+
+
+def format_tables(configs: dict) -> str:
+    """The paper's table, and those of the architectures in `configs`, as Markdown."""
+    lines = ["| image, px | patches | cross-modal attention saved at k = 17 | times fewer |", "|---|---|---|---|"]
+    for row in paper_table():
+        lines.append(f"| {row['pixels']} | {row['patches']} | {row['saved']:.1%} | {row['times']:.0f} |")
+    lines += [
+        "",
+        "| architecture | system | cross-modal attention, GFLOPs | encoder | prefill | decode | total | of dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, config in configs.items():
+        rows = answer_table(config)
+        for row in rows:
+            parts = ("cross_modal_attention", "vision", "prefill", "decode", "total")
+            flops = " | ".join(f"{row['flops'][part] / 1e9:.2f}" for part in parts)
+            share = row["flops"]["total"] / rows[0]["flops"]["total"]
+            lines.append(f"| {name} | {row['system']} | {flops} | {share:.1%} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="folders or Hub ids with a config.json of SmolVLM")
+    parser.add_argument("--output", help="JSON file to write, such as hub_cards/results/flops.json")
+    run = parser.parse_args()
+    configs = {Path(name).name: config_of_dense(AutoConfig.from_pretrained(name)) for name in run.files}
+    if run.output:
+        tables = {"paper": paper_table(), "answers": {name: answer_table(config) for name, config in configs.items()}}
+        Path(run.output).write_text(json.dumps(tables, indent=2) + "\n")
+    print(format_tables(configs))
+
+
+if __name__ == "__main__":
+    main()

@@ -80,6 +80,9 @@ class RunArguments:
     quantization: str = field(
         default="none", metadata={"help": "Of the frozen text model in training: none, 4bit or 8bit (bitsandbytes)."}
     )
+    selection: str = field(
+        default="before_encoder", metadata={"help": "What is looked at: before_encoder, after_encoder or blocks."}
+    )
     min_visual_tokens: int = field(default=16, metadata={"help": "Fewest visual tokens kept an image."})
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens kept an image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest high-resolution tiles encoded an image."})

@@ -81,6 +81,10 @@ def run_qgsa(preset: str, run, args, command: str):
     The task `evaluate` leaves the training out: it takes the checkpoint in the outputs folder.
     """
     check_systems(run.systems)
+    if run.selection == "blocks" and run.feature_cache:
+        raise ValueError(
+            f"selection is 'blocks': it takes pixels, feature_cache {run.feature_cache!r} has whole tiles"
+        )
     output = Path(args.output_dir)
     dense, processor = load_base(run)
     train, test = load_data(run, args.seed)
@@ -97,9 +101,9 @@ def run_qgsa(preset: str, run, args, command: str):
     evaluate_and_report(preset, run, args, command, dense.to(tuned.device), tuned, processor, test)
 
 
-def budget_of(run) -> dict[str, int]:
+def budget_of(run) -> dict:
     """The fields of the budget, as [`QGSAConfig`] has them."""
-    names = ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
+    names = ("selection", "min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
     return {name: getattr(run, name) for name in names}
 
 
