@@ -6,6 +6,7 @@ from .configuration_qgsa import QGSAConfig
 from .modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
 from .processing_qgsa import QGSAProcessor
 from .selection_qgsa import QGSASelection
+from .vision_qgsa import VisualCache
 
 
 if transformers.__version__.startswith("4."):
@@ -20,4 +21,5 @@ __all__ = [
     "QGSASelection",
     "QGSASmolVLMForConditionalGeneration",
     "QGSASmolVLMModel",
+    "VisualCache",
 ]

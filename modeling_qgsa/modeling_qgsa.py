@@ -412,6 +412,11 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             glance=outputs.glance if self.training else None,
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the text model, also where the encoder has one of its own: what a checkpoint is loaded in again."""
+        return self.model.text_model.dtype
+
     def tune(
         self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None
     ) -> "QGSASmolVLMForConditionalGeneration":
@@ -419,7 +424,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
         On CPUs with bfloat16 instructions `model.tune(torch.bfloat16, tiles_per_step=1)` halves the time of the
         encoder, while the text model is faster in float32; `training/benchmark.py` measures it. It holds for "dense"
-        too, which then is the stock model but for rounding.
+        too, which then is the stock model but for rounding. A saved checkpoint is loaded again in the text model's
+        dtype throughout, so tune after loading.
 
         Args:
             vision_dtype: of encoder and connector, converted in place; None leaves it.

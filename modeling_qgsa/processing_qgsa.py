@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
+from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
+from transformers.processing_utils import ImagesKwargs
 
 from .selection_qgsa import QGSASelection, find_question, read_layout
 from .tiles_qgsa import LazyImage, LazyTiles
@@ -32,7 +34,7 @@ class QGSAProcessor(Idefics3Processor):
 
     def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
         images = load_images(images)
-        if lazy_tiles and images is not None and text is not None:
+        if lazy_tiles and has_images(images) and text is not None:
             inputs = self.prepare_lazily(images, text, **kwargs)
         else:
             inputs = super().__call__(images=images, text=text, **kwargs)
@@ -46,15 +48,23 @@ class QGSAProcessor(Idefics3Processor):
         inputs["question_mask"] = torch.stack(masks) if tensors else [mask.tolist() for mask in masks]
         return inputs
 
-    def prepare_lazily(self, images, text, size=None, do_image_splitting=None, **tokenizer_kwargs) -> BatchFeature:
+    def prepare_lazily(self, images, text, images_kwargs=None, text_kwargs=None, **kwargs) -> BatchFeature:
         """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand.
 
-        Pixels are those of the image processor's PIL backend, whatever backend it has. `size` and
-        `do_image_splitting` are the image processor's, all else is for the tokenizer.
+        Pixels are those of the image processor's PIL backend, whatever backend it has. Of the image processor's
+        options `size` and `do_image_splitting` are followed; all that it does not know is for the tokenizer.
+
+        Raises ValueError for any other option of the image processor.
         """
-        own = self.image_processor
-        longest_edge = (size or own.size)["longest_edge"]
-        split = own.do_image_splitting if do_image_splitting is None else do_image_splitting
+        own, images_kwargs = self.image_processor, dict(images_kwargs or {})
+        known = own.valid_kwargs.__annotations__ | ImagesKwargs.__annotations__
+        for name in [name for name in kwargs if name in known and name != "return_tensors"]:
+            images_kwargs[name] = kwargs.pop(name)
+        longest_edge = (images_kwargs.pop("size", None) or own.size)["longest_edge"]
+        split = images_kwargs.pop("do_image_splitting", None)
+        split = own.do_image_splitting if split is None else split
+        if images_kwargs:
+            raise ValueError(f"lazy_tiles follows size and do_image_splitting, not {', '.join(images_kwargs)}")
         text = [text] if isinstance(text, str) else list(text)
         samples = [
             [
@@ -68,7 +78,7 @@ class QGSAProcessor(Idefics3Processor):
             shown = [self.image_prompt(*image.grid) for image in sample]
             text[number] = between[0] + "".join(image + words for image, words in zip(shown, between[1:]))
         tiles = LazyTiles(samples, own)
-        inputs = self.tokenizer(text, **tokenizer_kwargs)
+        inputs = self.tokenizer(text, **kwargs, **(text_kwargs or {}))
         return BatchFeature({**inputs, "pixel_values": tiles.global_views(), "lazy_tiles": tiles})
 
     def image_prompt(self, rows: int, columns: int) -> str:
@@ -139,9 +149,20 @@ def load_images(images):
     return images
 
 
+def has_images(images) -> bool:
+    """Whether there is an image at any depth."""
+    return any(map(has_images, images)) if isinstance(images, list | tuple) else images is not None
+
+
 def to_rgb(image) -> Image.Image:
-    """A PIL image, or an array of `(height, width, 3)` uint8, as a PIL image in RGB."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    """A PIL image, or an array or tensor of `(height, width, 3)` or `(3, height, width)`, as a PIL image in RGB.
+
+    What is transparent becomes white, as in the stock image processor.
+    """
+    image = to_pil_image(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
     return image.convert("RGB")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +32,12 @@ class LazyImage:
         columns, rows = (side // tile for side in image.size)
         self.image = image
         self.grid = (rows, columns) if split and max(rows, columns) > 1 else (0, 0)
-        self.digest = hashlib.sha256(image.tobytes() + str((image.size, tile, split)).encode()).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the image from others, and from itself cut in another way."""
+        settings = str((self.image.size, self.tile, self.grid, self.resample))
+        return hashlib.sha256(self.image.tobytes() + settings.encode()).hexdigest()
 
     @property
     def last(self) -> int:
@@ -92,7 +98,9 @@ class LazyTiles:
     def key(self, sample: int, ordinal: int) -> tuple:
         """What tells a tile from those of all other images."""
         image, number = self.tiles[sample][ordinal]
-        return image.digest, number
+        own = self.image_processor
+        scale = (own.do_rescale, own.rescale_factor, own.do_normalize, *own.image_mean, *own.image_std)
+        return image.digest, number, scale
 
 
 def scaled_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Looking: what there is to look at, and the encoder over parts of it. Sizes as in `selection_qgsa`."""
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,9 @@ class VisualCache:
     """Features of tiles already looked at: look once, ask many times.
 
     Given to `generate`, `select` or `forward` as `visual_cache`, it makes the next question about the same images pay
-    for new tiles only. A tile is known by its pixels, and by the weights that encoded it, so that a cache may serve
-    several images and is never wrong about one. With a cache tiles are encoded one by one: answers are those of a
-    model without one at `tiles_per_step=1`, bit for bit.
+    for new tiles only (blocks of tiles are not kept: what they are depends on their neighbours). A tile is known by
+    its pixels, and by the encoder as it is, so that a cache may serve several images and models. With a cache tiles
+    are encoded one by one: answers are those of a model without one at `tiles_per_step=1`, bit for bit.
 
     Args:
         max_bytes (`int`, defaults to 256 MiB): most bytes of features to hold; the least recently used go first. A
@@ -101,7 +102,7 @@ class Views:
         """What tells a tile from all others: the digest of its pixels, or the image's and its place."""
         sample, ordinal = int(layout.tile_sample[tile]), int(layout.tile_ordinal[tile])
         if self.lazy_tiles is not None:
-            return self.lazy_tiles.key(sample, ordinal)
+            return self.pixel_values.dtype, *self.lazy_tiles.key(sample, ordinal)
         of = [self.pixel_values, self.pixel_attention_mask]
         parts = [part[sample, ordinal].cpu().contiguous() for part in of if part is not None]
         return tuple(hashlib.sha256(part.view(torch.uint8).numpy()).hexdigest() for part in parts)
@@ -135,6 +136,10 @@ def check_views(views: Views, layout: VisualLayout):
     if views.lazy_tiles is None:
         return
     wanted = torch.bincount(layout.tile_sample, minlength=samples).tolist()
+    if len(views.lazy_tiles.counts) != samples:
+        raise ValueError(
+            f"lazy_tiles cuts tiles of {len(views.lazy_tiles.counts)} samples: there are {samples} prompts"
+        )
     for sample, (count, tiles) in enumerate(zip(views.lazy_tiles.counts, wanted)):
         if count != tiles:
             raise ValueError(
@@ -174,6 +179,8 @@ def encode_blocks(
     """
     embeddings, side = vision.embeddings, round(chosen.shape[1] ** 0.5)
     tile, block = chosen.nonzero(as_tuple=True)
+    covered = side * scale_factor * embeddings.patch_size  # px: what is over is beyond the last whole patch
+    pixels = pixels[..., :covered, :covered]
     pixels = blocks_of_tiles(pixels, side)[tile, block].to(embeddings.patch_embedding.weight.dtype)
     numbers = patch_numbers(side, scale_factor, pixels.device)[block]
     hidden = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + embeddings.position_embedding(numbers)
@@ -197,11 +204,14 @@ class PartialVision:
     """What [`QGSASmolVLMModel`] adds to SmolVLM's vision: looking at some tiles, or at some blocks of them."""
 
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
-        """As SmolVLM's, `config.tiles_per_step` tiles at a time, in the dtype of the text model."""
+        """As SmolVLM's, `config.tiles_per_step` tiles at a time, in the dtype of the text model.
+
+        Where it takes steps, it returns `pooler_output` only.
+        """
         step = self.config.tiles_per_step
-        if step is None and self.vision_model.dtype == self.text_model.dtype:
-            return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
         real = pixel_values.flatten(2).any(-1)
+        if (step is None and self.vision_model.dtype == self.text_model.dtype) or not real.any():
+            return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
         pixels, mask = pixel_values[real], None if pixel_attention_mask is None else pixel_attention_mask[real]
         step, parts = step or len(pixels), []
         for start in range(0, len(pixels), step):
@@ -233,8 +243,11 @@ class PartialVision:
 
     def encode_new_tiles(self, views: Views, layout: VisualLayout, tiles: torch.BoolTensor) -> torch.Tensor:
         """As `encode_tiles`, one by one and only what `views.cache` does not hold, which then holds it."""
-        weights = (self.vision_model.embeddings.patch_embedding.weight, self.connector.modality_projection.proj.weight)
-        maker = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
+        if self.training:
+            raise ValueError("visual_cache is for inference: the model is in training mode")
+        weights = [*self.vision_model.parameters(), *self.connector.parameters()]
+        versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+        maker = (weakref.ref(self.vision_model), hash(versions))
         features = []
         for tile in tiles.nonzero()[:, 0].tolist():
             key = (maker, views.key(layout, tile))

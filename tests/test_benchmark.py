@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training.benchmark import SYSTEMS, BenchmarkArguments, files_of, pick_images
+from training.benchmark import SYSTEMS, BenchmarkArguments, Runner, build_models, files_of, pick_images
 from training.meter import PARTS, peak_memory, time_answer
-from training.speed_report import add_speedups, format_speed
+from training.speed_report import add_speedups, format_headline, format_speed
 
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_results_tell_of_the_run_and_not_of_the_machines_paths(folder):
     results = json.loads((folder / "results.json").read_text())
     assert results["n"] == 2 and results["settings"]["files"] == "tiny-dense"
     assert str(folder) not in (folder / "results.json").read_text()
-    assert set(results["tuning"]) == {"vision_dtype", "tiles_per_step", "seconds_of_8_tiles"}
+    assert set(results["tuning"]) == {"vision_dtype", "tiles_per_step", "seconds_of_6_tiles"}
     table = (folder / "table.md").read_text()
     assert all(f"| {name} |" in table for name in SYSTEMS) and "Longest edge 128 px" in table
     for name in ("breakdown", "seconds_by_tiles", "seconds_by_size"):
@@ -132,3 +132,34 @@ def test_what_was_not_measured_is_a_dash():
     }  # fmt: skip
     add_speedups([row])
     assert "| – | – | 1.00 | 1.00 + 1.00 | 1.0 |" in format_speed([row], 512)
+
+
+def test_the_headline_joins_seconds_and_accuracy(rows):
+    cards = [
+        {
+            "system": name,
+            "delta_vs_dense_pp": delta,
+            "delta_ci95": [delta - 1, delta + 1],
+            "visual_tokens_mean": 17,
+            "tiles_mean": 1.5,
+        }
+        for name, delta in (("dense", 0.0), ("qgsa", -0.4), ("qgsa, k = 17", -9.0), ("fastv, k = 17", -30.0))
+    ]
+    table = format_headline(rows, cards, 256).splitlines()
+    ends = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in table[2:]}
+    assert set(ends) == set(SYSTEMS)
+    assert (
+        ends["qgsa"] == "-0.4 [-1.4, +0.6], k 17.0, m 1.50" and ends["fastv"] == "-30.0 [-31.0, -29.0], k 17.0, m 1.50"
+    )
+    assert ends["dense-tuned"] == ends["cdpruner"] == "–"
+
+
+def test_of_a_checkpoint_dense_rows_are_dense(processor, make_model, tmp_path, make_image):
+    make_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    run = BenchmarkArguments(checkpoint=str(tmp_path), files=str(tmp_path), systems=["dense", "qgsa"], device="cpu")
+    models = build_models(run, processor)
+    runner = Runner("dense", run, models, {"stock": processor, "ours": processor})
+    inputs = runner.process([make_image()], 256)
+    output = runner.generate(inputs)
+    assert "selection" not in output and runner.describe(inputs, None)["tiles_mean"] == 16

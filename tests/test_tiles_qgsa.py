@@ -30,7 +30,7 @@ def test_tiles_are_those_of_the_stock_processor(longest_edge, tile, split):
 
 def test_keys_tell_images_and_places_apart(make_image):
     first, same, other = (LazyImage(make_image(seed), 256, 64, True, 1) for seed in (0, 0, 1))
-    tiles = LazyTiles([[first], [same, other]], None)
+    tiles = LazyTiles([[first], [same, other]], Idefics3ImageProcessorPil())
     keys = [tiles.key(0, 0), tiles.key(0, 1), tiles.key(1, 0), tiles.key(1, 17)]
     assert keys[0] == keys[2] and len(set(keys)) == 3
 
@@ -52,15 +52,50 @@ def test_lazy_inputs_are_those_of_the_stock_processor(processor, make_image):
         assert lazy["lazy_tiles"].counts == [17, 0, 5 + 17]
 
 
-def test_lazy_inputs_follow_the_options_of_images_and_take_what_images_come_as(processor, make_image, tmp_path):
-    path = tmp_path / "image.png"
-    make_image(0).convert("RGBA").save(path)
-    call = {"text": "<image>what?", "return_tensors": "pt", "lazy_tiles": True}
-    for image in (str(path), make_image(0), np.asarray(make_image(0)), [make_image(0)], [[make_image(0)]]):
-        assert processor(images=image, **call)["lazy_tiles"].counts == [17]
+@pytest.mark.parametrize("kind", ["path", "RGBA", "LA", "P", "L", "array", "planes", "tensor", "list", "nested"])
+def test_lazy_pixels_are_the_stock_processors_whatever_images_come_as(processor, make_image, tmp_path, kind):
     image = make_image(0)
-    assert processor(images=image, do_image_splitting=False, **call)["lazy_tiles"].counts == [1]
-    assert processor(images=image, size={"longest_edge": 128}, **call)["lazy_tiles"].counts == [5]
+    image.save(tmp_path / "image.png")
+    faint = image.convert("RGBA")
+    faint.putalpha(image.convert("L"))
+    given = {
+        "path": str(tmp_path / "image.png"),
+        "RGBA": faint,
+        "LA": faint.convert("LA"),
+        "P": image.convert("P"),
+        "L": image.convert("L"),
+        "array": np.asarray(image),
+        "planes": np.asarray(image).transpose(2, 0, 1),
+        "tensor": torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        "list": [image],
+        "nested": [[image]],
+    }[kind]
+    call = {"text": "<image>what?", "images": given, "return_tensors": "pt"}
+    eager, lazy = processor(**call), processor(**call, lazy_tiles=True)
+    assert torch.equal(lazy["lazy_tiles"].cut([0] * 17, list(range(17))), eager["pixel_values"][0])
+
+
+@pytest.mark.parametrize(
+    "options, tiles",
+    [
+        ({"do_image_splitting": False}, 1),
+        ({"size": {"longest_edge": 128}}, 5),
+        ({"images_kwargs": {"size": {"longest_edge": 128}}}, 5),
+        ({"text_kwargs": {"padding": "max_length", "max_length": 400}}, 17),
+    ],
+)
+def test_lazy_inputs_follow_the_options(processor, make_image, options, tiles):
+    call = {"images": make_image(0), "text": "<image>what?", "return_tensors": "pt", **options}
+    eager, lazy = processor(**call), processor(**call, lazy_tiles=True)
+    assert lazy["lazy_tiles"].counts == [tiles] and torch.equal(eager["input_ids"], lazy["input_ids"])
+
+
+def test_options_that_lazy_tiles_do_not_follow_are_refused(processor, make_image):
+    call = {"images": make_image(0), "text": "<image>what?", "lazy_tiles": True}
+    with pytest.raises(ValueError, match="follows size and do_image_splitting, not do_normalize"):
+        processor(**call, do_normalize=False)
+    with pytest.raises(ValueError, match="not max_image_size"):
+        processor(**call, images_kwargs={"max_image_size": {"longest_edge": 32}})
 
 
 def test_lazy_inputs_move_with_the_batch(processor, make_image):

@@ -1,3 +1,5 @@
+from copy import copy
+
 import pytest
 import torch
 
@@ -225,3 +227,47 @@ def test_a_cache_is_bounded_and_forgets_what_was_used_least_recently():
     assert cache.get("a")[0, 0] == ord("a") and cache.get("c")[0, 0] == ord("c")
     cache.put("huge", torch.zeros(100))
     assert cache.get("huge") is None and len(cache) == 2
+
+
+@pytest.mark.parametrize(
+    "part", ["vision_model.encoder.layers.0.self_attn.q_proj", "connector.modality_projection.proj"]
+)
+def test_a_cache_knows_every_weight_of_the_encoder(make_model, single, part):
+    model, cache = make_model(), VisualCache()
+    logits(model, single, visual_cache=cache)
+    with torch.no_grad():
+        model.model.get_submodule(part).weight.mul_(2)
+    expected = logits(model.tune(tiles_per_step=1), single)
+    assert torch.equal(logits(model, single, visual_cache=cache), expected)
+
+
+def test_a_cache_knows_how_pixels_are_scaled(make_model, prepare, samples):
+    model, cache = make_model().tune(tiles_per_step=1), VisualCache()
+    inputs, other = (prepare(samples[0], lazy_tiles=True) for _ in range(2))
+    logits(model, inputs, visual_cache=cache)
+    other["lazy_tiles"].image_processor = copy(other["lazy_tiles"].image_processor)
+    other["lazy_tiles"].image_processor.image_mean = [0.1, 0.2, 0.3]
+    other["pixel_values"] = other["lazy_tiles"].global_views()
+    assert torch.equal(logits(model, other, visual_cache=cache), logits(model, other))
+
+
+def test_a_cache_is_for_inference(make_model, single):
+    with torch.inference_mode():
+        model = make_model()
+        logits(model, single, visual_cache=VisualCache())
+    with pytest.raises(ValueError, match="visual_cache is for inference"):
+        make_model().train()(**single, visual_cache=VisualCache())
+
+
+def test_a_tuned_model_is_saved_in_the_dtype_of_its_text_model(make_model, batch, tmp_path):
+    model = make_model().tune(torch.bfloat16, 1)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
+    one, two = prepare(samples[0], lazy_tiles=True), prepare(samples[0], samples[0], lazy_tiles=True)
+    with pytest.raises(ValueError, match="lazy_tiles cuts tiles of 2 samples: there are 1 prompts"):
+        model(**{**one, "lazy_tiles": two["lazy_tiles"]})

@@ -12,6 +12,7 @@ Published pruning methods and QGSA run in the precision and the steps that are t
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,7 @@ from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # 
 from modeling_qgsa.selection_qgsa import QGSASelection  # noqa: E402
 from modeling_qgsa.vision_qgsa import encode_blocks  # noqa: E402
 from training.evaluation import layout_of  # noqa: E402
-from training.flops import estimate_flops  # noqa: E402
+from training.flops import count_flops, estimate_flops  # noqa: E402
 from training.meter import PARTS, now, peak_memory, time_answer, weight_bytes  # noqa: E402
 from training.peers import PEERS  # noqa: E402
 from training.speed_report import write_speed  # noqa: E402
@@ -69,9 +70,10 @@ class Timed:
     """A system: which of the models, how images are prepared for it, and how it selects.
 
     Args:
-        model: "stock" (as shipped, float32), "bfloat16" (stock in bfloat16), "plain" (ours, float32) or "tuned".
+        model: "stock" (float32), "bfloat16" (stock in bfloat16), "plain" (ours, float32) or "tuned".
         selection: ours only.
-        edge: what becomes of the longest edge: "full", "half", or "native", which scales no image up.
+        edge: what becomes of the longest edge: "full", "half", or "native", which scales no image up beyond the next
+            whole tile.
         split: whether there are tiles beside the global view.
         peer: a method of `training/peers.py`.
     """
@@ -144,19 +146,21 @@ def files_of(run) -> str:
     return str(local) if local.is_dir() else f"HuggingFaceTB/SmolVLM-{run.architecture.upper()}-Instruct"
 
 
-def tune(model, tiles: int = 8) -> dict:
+def tune(model, tiles: int = 6) -> dict:
     """Give `model` the precision and step that encode `tiles` tiles fastest here; returns what was tried."""
     side = model.config.vision_config.image_size
     pixels = torch.randn(1, tiles, 3, side, side, device=model.device)
     tried = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if model.device.type == "cpu" else (torch.bfloat16,):
         for step in (1, tiles):
             model.tune(dtype, step)
-            with torch.no_grad():
-                model.model.get_image_features(pixels[:, :1])
+            times = []
+            for _ in range(3):  # the first warms up
                 began = now(model.device)
-                model.model.get_image_features(pixels)
-            tried.append((now(model.device) - began, dtype, step))
+                with torch.no_grad():
+                    model.model.get_image_features(pixels)
+                times.append(now(model.device) - began)
+            tried.append((min(times[1:]), dtype, step))
     _, dtype, step = min(tried, key=lambda one: one[0])
     model.tune(dtype, step)
     return {
@@ -207,8 +211,8 @@ class Runner:
         )
         return dict(inputs.to(self.model.device))
 
-    def generate(self, inputs: dict):
-        """Answer. Returns the output of `generate`."""
+    def options(self) -> dict:
+        """Options of `generate` that say what is selected."""
         options = {}
         if self.system.selection != "dense":
             options = {
@@ -218,12 +222,28 @@ class Runner:
                 "min_visual_tokens": self.run.tokens,
                 "max_visual_tokens": self.run.tokens,
             }
-        elif self.system.model in ("plain", "tuned"):
+        elif isinstance(self.model, QGSASmolVLMForConditionalGeneration):
             options = {"selection": "dense"}
-        if self.system.peer:
-            layout = layout_of(self.model.config, inputs["input_ids"])
-            options |= PEERS[self.system.peer](self.model, inputs, layout, self.run.tokens)
-        return self.model.generate(**inputs, **options, **greedy(self.run.new_tokens), return_dict_in_generate=True)
+        return options
+
+    def choose(self, inputs: dict) -> dict:
+        """Options of `generate` that a published method makes of the inputs; none for the others."""
+        if self.system.peer is None:
+            return {}
+        layout = layout_of(self.model.config, inputs["input_ids"])
+        return PEERS[self.system.peer](self.model, inputs, layout, self.run.tokens)
+
+    def generate(self, inputs: dict):
+        """Answer. Returns the output of `generate`."""
+        options = self.options() | self.choose(inputs) | greedy(self.run.new_tokens)
+        return self.model.generate(**inputs, **options, return_dict_in_generate=True)
+
+    def count(self, inputs: dict) -> dict[str, int]:
+        """FLOPs of an answer, counted, where the formula does not know what the method spends on choosing."""
+        unused = (self.model.model.selector, self.model.model.complexity_estimator)
+        make = partial(self.choose, inputs)
+        counted = count_flops(self.model, inputs, self.run.new_tokens, make, unused, **self.options())
+        return {part: flops / len(inputs["input_ids"]) for part, flops in counted.items()}
 
     def describe(self, inputs: dict, selection: QGSASelection | None) -> dict:
         """Tokens, tiles, FLOPs and KV-cache of an answer, each a question's mean."""
@@ -231,23 +251,26 @@ class Runner:
         per_tile = (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
         placeholders = int((inputs["input_ids"] == config.image_token_id).sum()) / samples
         length = float(inputs["attention_mask"].sum()) / samples
-        tiles, tokens, blocks, question = placeholders / per_tile, placeholders, (), None
+        tiles, tokens, looked = placeholders / per_tile, placeholders, placeholders / per_tile - 1
+        shown = [(round(tiles), round(length), None, ())] * samples
         if selection is not None:
-            tokens = float(selection.visual_tokens.float().mean())
+            tokens, looked = (float(of.float().mean()) for of in (selection.visual_tokens, selection.tiles))
             length = float((selection.keep_indices >= 0).sum()) / samples
-            looked = float(selection.tiles.float().mean())
-            question = float(inputs["question_mask"].sum()) / samples
-            tiles = 1 + looked
-            if self.system.selection == "blocks" and looked:
-                tiles, each = 1, min(self.run.tokens, looked * per_tile) / looked
-                blocks = (each,) * round(looked)
+            lengths, asked = (selection.keep_indices >= 0).sum(1).tolist(), inputs["question_mask"].sum(1).tolist()
+            shown = []
+            for number, count in enumerate(selection.tiles.tolist()):
+                blocks = ()
+                if self.system.selection == "blocks" and count:  # how they are spread over the tiles costs nothing
+                    blocks = (min(self.run.tokens, count * per_tile) - count + 1, *[1] * (count - 1))
+                shown.append((1 + count - len(blocks), lengths[number], asked[number], blocks))
+        costs = [estimate_flops(config, *one[:2], self.run.new_tokens, *one[2:]) for one in shown]
         text = config.text_config
         head = text.hidden_size // text.num_attention_heads
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * self.model.lm_head.weight.itemsize
         return {
             "visual_tokens_mean": tokens,
-            "tiles_mean": tiles - 1 + len(blocks),
-            "flops": estimate_flops(config, round(tiles), round(length), self.run.new_tokens, question, blocks),
+            "tiles_mean": looked,
+            "flops": {part: sum(cost[part] for cost in costs) / samples for part in costs[0]},
             "kv_cache_bytes": cached * (length + self.run.new_tokens - 1),
             "prompt_tokens": length,
         }
@@ -256,14 +279,17 @@ class Runner:
 def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]:
     """Rows of `results.json` for one image size, the systems taking turns batch by batch."""
     seconds = {runner.name: [] for runner in runners}
-    told, memory = {}, {}
+    told, memory, counted = {}, {}, {}
     with tqdm(total=(len(batches) + 1) * len(runners), desc=f"{edge} px") as progress:
-        for runner in runners:  # the warm-up, which also says how much memory it takes
+        for runner in runners:  # the warm-up: on small images, then as they are, which says how much memory it takes
 
-            def warm_up(runner=runner):
+            def answer(edge, runner=runner):
                 runner.generate(runner.process(batches[0], edge))
 
-            memory[runner.name] = peak_memory(runner.model.device, warm_up)
+            answer(edge // 4)
+            memory[runner.name] = peak_memory(runner.model.device, partial(answer, edge))
+            if runner.system.peer:
+                counted[runner.name] = runner.count(runner.process(batches[0], edge))
             progress.update()
         for batch in batches:
             for runner in runners:
@@ -277,7 +303,8 @@ def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]
                 seconds[runner.name].append(spent)
                 told.setdefault(runner.name, []).append(runner.describe(kept["inputs"], output.get("selection")))
                 progress.update()
-    return [row_of(runner, edge, seconds[runner.name], told[runner.name], memory[runner.name]) for runner in runners]
+    rows = [row_of(runner, edge, seconds[runner.name], told[runner.name], memory[runner.name]) for runner in runners]
+    return [row | ({"flops": counted[row["system"]]} if row["system"] in counted else {}) for row in rows]
 
 
 def row_of(runner: Runner, edge: int, seconds: list[dict], told: list[dict], memory: int) -> dict:
@@ -313,9 +340,13 @@ def add_overhead(rows: list[dict], runners: list[Runner], batches: list[list], e
         length = round(row["prompt_tokens"])
         ids = torch.ones(runner.run.batch_size, length, dtype=torch.long, device=model.device)
         blocks, scale = runner.system.selection == "blocks", model.config.scale_factor
-        image = torch.zeros(1, dtype=torch.long, device=model.device)
-        chosen = torch.arange(model.config.tokens_per_tile, device=model.device)[None] < runner.run.tokens
-        times = []
+        image = torch.zeros(
+            -(-runner.run.tokens // model.config.tokens_per_tile), dtype=torch.long, device=model.device
+        )
+        per_tile = model.config.tokens_per_tile
+        chosen = torch.arange(-(-runner.run.tokens // per_tile) * per_tile, device=model.device)
+        chosen = (chosen < runner.run.tokens).view(-1, per_tile)
+        times, encoder = [], (model.model.vision_model, model.model.connector)
         for _ in batches:
             began = now(model.device)
             with torch.no_grad():
@@ -323,7 +354,7 @@ def add_overhead(rows: list[dict], runners: list[Runner], batches: list[list], e
                     tiles = 1 if blocks else 1 + round(row["tiles_mean"])
                     model.model.get_image_features(pixels.expand(-1, tiles, -1, -1, -1))
                     if blocks:
-                        encode_blocks(model.model.vision_model, model.model.connector, pixels[0], chosen, image, scale)
+                        encode_blocks(*encoder, pixels[0].expand(len(image), -1, -1, -1), chosen, image, scale)
                 model.generate(ids, attention_mask=torch.ones_like(ids), **greedy(runner.run.new_tokens))
             times.append((now(model.device) - began) / runner.run.batch_size)
         row["alone"] = median(times)
@@ -338,7 +369,7 @@ def main():
     files = files_of(run)
     processors = {
         "ours": QGSAProcessor.from_pretrained(files, backend="pil"),
-        "stock": Idefics3Processor.from_pretrained(files, backend="pil"),
+        "stock": Idefics3Processor.from_pretrained(files),  # in the backend that is stock's here
     }
     images = pick_images(run.images, run.repeats * run.batch_size)
     batches = [images[start : start + run.batch_size] for start in range(0, len(images), run.batch_size)]
@@ -351,6 +382,7 @@ def main():
         add_overhead(measured, runners, batches, edge)
         rows += measured
     settings = vars(run) | {"files": Path(files).name, "images": Path(run.images).name}
+    settings["checkpoint"] = run.checkpoint and Path(run.checkpoint).name
     print(write_speed(Path(settings.pop("output_dir")), settings, tuning, rows))
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm, trange
 
+from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.processing_qgsa import kept_maps
 from modeling_qgsa.selection_qgsa import read_layout
 from modeling_qgsa.vision_qgsa import Views
@@ -112,7 +113,7 @@ def answer(
                 view = (system.blank, str(system.image_kwargs))
                 if view not in shown:
                     shown[view] = show(system, samples, processor)
-                    if share_features:
+                    if share_features and not system.blank:
                         shown[view]["image_hidden_states"] = encode_all(systems[0].model, shown[view])
                 # By the batch and not by what came before: a share of the batches has the scores that all have.
                 generator = torch.Generator().manual_seed(seed + start)
@@ -145,7 +146,7 @@ def ask(
     """Add to `answers` what `system` says of `samples`."""
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    if system.options.get("selection") in ("dense", "blocks"):
+    if Budget.of(model.config, **system.options).selection in ("dense", "blocks"):
         inputs.pop("image_hidden_states", None)
     layout = layout_of(model.config, inputs["input_ids"])
     began = time.perf_counter()
@@ -202,6 +203,12 @@ def encode_all(model, inputs: dict) -> torch.Tensor:
     layout = layout_of(model.config, inputs["input_ids"])
     views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states"))
     return model.model.encode_tiles(views, layout, torch.ones_like(layout.is_global))
+
+
+def unused_by(system: System) -> tuple:
+    """The modules that run, but have no say in what `system` keeps: the selector where scores come from elsewhere."""
+    inner = system.model.model
+    return (inner.selector, inner.complexity_estimator) if system.scores or system.peer else ()
 
 
 def layout_of(config, input_ids):
@@ -309,6 +316,6 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
             inputs = {name: value.to(system.model.device) for name, value in inputs.items()}
             layout = layout_of(system.model.config, inputs["input_ids"])
             options = partial(options_of, system, inputs, layout, generator)
-            counts.append(count_flops(system.model, inputs, max_new_tokens, options))
+            counts.append(count_flops(system.model, inputs, max_new_tokens, options, unused_by(system)))
         row["flops"] = {part: float(np.mean([count[part] for count in counts])) for part in counts[0]}
         row["flops"]["cross_modal_attention"] = None

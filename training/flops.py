@@ -36,15 +36,16 @@ def vision_modules(model) -> list:
     return [vision.embeddings.patch_embedding, vision.encoder, model.model.connector.modality_projection]
 
 
-def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, **options) -> dict[str, int]:
+def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, without=(), **options) -> dict[str, int]:
     """Count one greedy `model.generate(**inputs, **options)`: FLOPs of `vision`, `prefill`, `decode`, and `total`.
 
-    Further options are those that `make_options()` returns; what it does to make them is counted too.
+    Further options are those that `make_options()` returns; what it does to make them is counted too. Modules in
+    `without` are not counted: the selector has no say where scores come from elsewhere, but runs all the same.
 
     Vision is the encoder and the connector; prefill is all else up to the first new token, the selector included;
     decode is the rest of the tokens.
     """
-    vision, tokens = [], []
+    vision, tokens, unused = [], [], []
     # In eval mode torch runs whole transformer layers as one kernel, of which the counter knows nothing.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -56,16 +57,24 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, **o
         def after(module, args, output):
             vision.append(counter.get_total_flops())
 
+        def before_unused(module, args):
+            unused.append(-counter.get_total_flops())
+
+        def after_unused(module, args, output):
+            unused.append(counter.get_total_flops())
+
         hooks = [model.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
         for part in vision_modules(model):
             hooks += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
+        for part in without:
+            hooks += [part.register_forward_pre_hook(before_unused), part.register_forward_hook(after_unused)]
         try:
             model.generate(**inputs, **options, **make_options(), do_sample=False, max_new_tokens=max_new_tokens)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
             for hook in hooks:
                 hook.remove()
-    total, first = counter.get_total_flops(), tokens[0]
+    total, first = counter.get_total_flops() - sum(unused), tokens[0] - sum(unused)
     return {"vision": sum(vision), "prefill": first - sum(vision), "decode": total - first, "total": total}
 
 

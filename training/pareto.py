@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 
@@ -59,7 +60,7 @@ def systems_of(dense, model, blocks) -> list[System]:
         System("dense-half-resolution", dense, DENSE, image_kwargs=half),
         System("dense-global-only", dense, DENSE, image_kwargs={"do_image_splitting": False}),
         System("blank-image", dense, DENSE, blank=True),
-        System("qgsa", model),
+        System("qgsa", model, {"selection": "before_encoder"}),
         System("qgsa-blocks", blocks, {"selection": "blocks"}),
     ]
     for tokens, tiles in BUDGETS.items():
@@ -137,6 +138,9 @@ def main():
     model = load(run.checkpoint).eval()
     blocks = load(run.blocks_checkpoint).eval() if run.blocks_checkpoint else model
     dense = QGSASmolVLMForConditionalGeneration.from_dense(run.base_model)
+    for name, weight in dense.model.vision_model.state_dict().items():
+        if not torch.equal(weight, model.model.vision_model.state_dict()[name]):
+            raise ValueError(f"checkpoint {run.checkpoint} has not the encoder of base_model {run.base_model}: {name}")
     systems, questions = systems_of(dense, model, blocks), Cards(run.split, run.size)
     rows = evaluate_systems(systems, questions, processor, 50, max_new_tokens=8, share_features=True)
     add_flops(rows, systems, questions, processor, max_new_tokens=8, questions=run.flops_questions)

@@ -92,28 +92,28 @@ def _attention_received(model, inputs: dict, layout: VisualLayout) -> tuple[torc
     and its keys `(T, P, width)`.
     """
     vision, scale = model.model.vision_model, model.config.scale_factor
-    layer, inner = vision.encoder.layers[-2], []
+    attention, queries, keys, received = vision.encoder.layers[-2].self_attn, [], [], []
     inputs = {name: value for name, value in inputs.items() if name != "image_hidden_states"}
-    hook = layer.self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: inner.append(kwargs["hidden_states"]), with_kwargs=True
-    )
+    hooks = [
+        projection.register_forward_hook(lambda module, args, output, into=into: into.append(output))
+        for projection, into in ((attention.q_proj, queries), (attention.k_proj, keys))
+    ]
     try:
         features = encode_all(model, inputs)
     finally:
-        hook.remove()
-    attention, received, keys = layer.self_attn, [], []
-    for hidden in torch.cat(inner):
-        heads = (len(hidden), attention.num_heads, attention.head_dim)
-        query, key = attention.q_proj(hidden), attention.k_proj(hidden)
+        for hook in hooks:
+            hook.remove()
+    keys = torch.cat(keys)
+    for query, key in zip(torch.cat(queries), keys):
+        heads = (len(query), attention.num_heads, attention.head_dim)
         weights = query.view(heads).transpose(0, 1) @ key.view(heads).permute(1, 2, 0) * attention.scale
         received.append(weights.softmax(-1).mean((0, 1)))
-        keys.append(key)
     side = round(len(received[0]) ** 0.5) // scale
 
     def of_tokens(values):
         return values.unflatten(1, (side, scale, side, scale)).mean((2, 4)).flatten(1, 2)
 
-    return features, of_tokens(torch.stack(received)), of_tokens(torch.stack(keys))
+    return features, of_tokens(torch.stack(received)), of_tokens(keys)
 
 
 @torch.no_grad()
@@ -128,10 +128,11 @@ def divprune(model, inputs: dict, layout: VisualLayout, k: int) -> dict[str, tor
         distance = 1 - tokens @ tokens.T
         nearest = distance.clone().fill_diagonal_(float("inf")).amin(1)  # starts from the token farthest from all
         picked = [int(nearest.argmax())]
-        nearest = distance[picked[0]].clone()
+        nearest = distance[picked[0]].index_fill(0, distance.new_tensor(picked, dtype=torch.long), -1)
         while len(picked) < min(k, len(tokens)):
-            picked.append(int(nearest.index_fill(0, torch.tensor(picked, device=row.device), -1).argmax()))
+            picked.append(int(nearest.argmax()))
             nearest = torch.minimum(nearest, distance[picked[-1]])
+            nearest[picked[-1]] = -1  # a picked token is no candidate again
         order.append(present.nonzero()[:, 0][torch.tensor(picked, device=row.device)])
     return options_for(features, to_tiles(order_scores(order, candidates), layout), layout)
 
@@ -162,9 +163,11 @@ def cdpruner(model, inputs: dict, layout: VisualLayout, k: int) -> dict[str, tor
 def greedy_map(kernel: torch.Tensor, k: int) -> torch.LongTensor:
     """The k items that greedily make the determinant of their part of `kernel` `(n, n)` largest (Chen et al. 2018)."""
     gain, factors, picked = kernel.diagonal().clone(), kernel.new_zeros(k, len(kernel)), []
+    taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)
     for step in range(k):
-        best = int(gain.index_fill(0, torch.tensor(picked, dtype=torch.long, device=gain.device), -1).argmax())
+        best = int(gain.masked_fill(taken, -1).argmax())
         picked.append(best)
+        taken[best] = True
         factors[step] = (kernel[best] - factors[:step, best] @ factors[:step]) / gain[best].clamp(min=1e-12).sqrt()
         gain = (gain - factors[step] ** 2).clamp(min=0)
     return torch.tensor(picked, device=kernel.device)

@@ -107,3 +107,33 @@ def plot_against(rows: list[dict], key: str, label: str, path: Path):
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def format_headline(speed: list[dict], cards: list[dict], edge: int) -> str:
+    """Seconds, memory and accuracy of every system in one Markdown table; what was not measured is a dash.
+
+    Args:
+        speed: rows of the benchmark, of which those at `edge` px are shown.
+        cards: rows of `training/pareto.py`. Of methods with a fixed k the one at the benchmark's k is taken, of QGSA
+            that with its own budgets.
+    """
+    lines = [
+        "| system | tokens k | tiles m | TFLOPs | seconds | × stock | × tuned | memory, GB "
+        "| Δ on cards, pp [95 %], at |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_name = {row["system"]: row for row in cards}
+    for row in speed:
+        if row["longest_edge"] != edge:
+            continue
+        of = by_name.get(row["system"]) or by_name.get(f"{row['system']}, k = {row['visual_tokens_mean']:.0f}")
+        delta = "–"
+        if of is not None:
+            delta = "{:+.1f} [{:+.1f}, {:+.1f}]".format(of["delta_vs_dense_pp"], *of["delta_ci95"])
+            delta += f", k {of['visual_tokens_mean']:.1f}, m {of['tiles_mean']:.2f}"
+        lines.append(
+            f"| {row['system']} | {row['visual_tokens_mean']:.0f} | {row['tiles_mean']:.1f} "
+            f"| {row['flops']['total'] / 1e12:.2f} | {row['seconds_median']:.1f} | {_times(row['speedup_vs_dense'])} "
+            f"| {_times(row['speedup_vs_tuned'])} | {row['memory_bytes'] / 1e9:.2f} | {delta} |"
+        )
+    return "\n".join(lines)

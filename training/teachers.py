@@ -152,7 +152,8 @@ def cheapest_sufficient(
     """The lowest complexity at which the answer is as probable as with everything, `(I,)` int64 (VISOR's rule).
 
     Tried are the levels that the estimator tells apart, with tiles and visual tokens chosen by the selector's own
-    ranking: what counts is what this selector needs, not what an oracle would. Probabilities are those of a token of
+    ranking: what counts is what this selector needs, not what an oracle would. Blocks have the features here that
+    they have in whole tiles, which know a little more than those of inference. Probabilities are those of a token of
     the answer, the geometric mean, so that long answers are not all improbable.
 
     Args:
