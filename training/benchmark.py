@@ -6,8 +6,8 @@ All systems see the same images in the same process and take turns; medians are 
 its own, after a warm-up. Weights are random unless `--checkpoint` is given: what an answer costs does not depend on
 them. Budgets are therefore set (`--tiles`, `--tokens`) and not estimated. Writes `results.json`, `table.md` and plots.
 
-Published pruning methods and QGSA run in the precision and the steps that are the fastest here for stock SmolVLM too
-(`dense-tuned`), which the run finds out first. On a GPU everything is in bfloat16.
+Published pruning methods and QGSA run in the precision of each part and the steps that are the fastest here for stock
+SmolVLM too (`dense-tuned`), which the run finds out first. On a GPU everything is in bfloat16.
 """
 
 import sys
@@ -146,28 +146,43 @@ def files_of(run) -> str:
     return str(local) if local.is_dir() else f"HuggingFaceTB/SmolVLM-{run.architecture.upper()}-Instruct"
 
 
-def tune(model, tiles: int = 6) -> dict:
-    """Give `model` the precision and step that encode `tiles` tiles fastest here; returns what was tried."""
+def tune(model, tiles: int = 6, tokens: int = 1000) -> dict:
+    """Give the parts of `model` the precision, and the encoder the step, that are fastest here; returns what it tried.
+
+    The encoder is timed over `tiles` tiles, the text model over a prefill of `tokens` tokens and a few new ones.
+    """
     side = model.config.vision_config.image_size
     pixels = torch.randn(1, tiles, 3, side, side, device=model.device)
-    tried = []
-    for dtype in (torch.float32, torch.bfloat16) if model.device.type == "cpu" else (torch.bfloat16,):
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    dtypes = (torch.float32, torch.bfloat16) if model.device.type == "cpu" else (torch.bfloat16,)
+    encoder, text = [], []
+    for dtype in dtypes:
+        model.to(dtype)
         for step in (1, tiles):
-            model.tune(dtype, step)
-            times = []
-            for _ in range(3):  # the first warms up
-                began = now(model.device)
-                with torch.no_grad():
-                    model.model.get_image_features(pixels)
-                times.append(now(model.device) - began)
-            tried.append((min(times[1:]), dtype, step))
-    _, dtype, step = min(tried, key=lambda one: one[0])
-    model.tune(dtype, step)
+            model.tune(tiles_per_step=step)
+            encoder.append((seconds_of(model, partial(model.model.get_image_features, pixels)), dtype, step))
+        answer = partial(model.generate, ids, attention_mask=torch.ones_like(ids), **greedy(4))
+        text.append((seconds_of(model, answer), dtype))
+    (_, vision_dtype, step), (_, text_dtype) = (min(tried, key=lambda one: one[0]) for tried in (encoder, text))
+    model.to(text_dtype).tune(vision_dtype, step)
     return {
-        "vision_dtype": str(dtype).removeprefix("torch."),
+        "vision_dtype": str(vision_dtype).removeprefix("torch."),
         "tiles_per_step": step,
-        f"seconds_of_{tiles}_tiles": [[str(d).removeprefix("torch."), s, seconds] for seconds, d, s in tried],
+        "text_dtype": str(text_dtype).removeprefix("torch."),
+        f"seconds_of_{tiles}_tiles": [[str(d).removeprefix("torch."), s, seconds] for seconds, d, s in encoder],
+        f"seconds_of_{tokens}_tokens": [[str(dtype).removeprefix("torch."), seconds] for seconds, dtype in text],
     }
+
+
+@torch.no_grad()
+def seconds_of(model, call) -> float:
+    """The fastest of two calls, after one that warms up."""
+    times = []
+    for _ in range(3):
+        began = now(model.device)
+        call()
+        times.append(now(model.device) - began)
+    return min(times[1:])
 
 
 def pick_images(folder: str, count: int) -> list[Image.Image]:
@@ -189,7 +204,7 @@ class Runner:
     def __init__(self, name: str, run, models: dict, processors: dict):
         self.name, self.run, self.system = name, run, SYSTEMS[name]
         self.model = models[self.system.model]
-        self.processor = processors["ours" if self.system.model in ("plain", "tuned") else "stock"]
+        self.processor = processors["stock" if self.system.selection == "dense" else "ours"]
 
     def process(self, images: list[Image.Image], edge: int) -> dict:
         """The inputs of `generate` for a question about each image, the longest edge being `edge` px."""
@@ -279,7 +294,7 @@ class Runner:
 def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]:
     """Rows of `results.json` for one image size, the systems taking turns batch by batch."""
     seconds = {runner.name: [] for runner in runners}
-    told, memory, counted = {}, {}, {}
+    told, memory = {}, {}
     with tqdm(total=(len(batches) + 1) * len(runners), desc=f"{edge} px") as progress:
         for runner in runners:  # the warm-up: on small images, then as they are, which says how much memory it takes
 
@@ -288,8 +303,6 @@ def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]
 
             answer(edge // 4)
             memory[runner.name] = peak_memory(runner.model.device, partial(answer, edge))
-            if runner.system.peer:
-                counted[runner.name] = runner.count(runner.process(batches[0], edge))
             progress.update()
         for batch in batches:
             for runner in runners:
@@ -302,9 +315,10 @@ def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]
                 spent, output = time_answer(runner.model, process, runner.generate)
                 seconds[runner.name].append(spent)
                 told.setdefault(runner.name, []).append(runner.describe(kept["inputs"], output.get("selection")))
+                if runner.system.peer:
+                    told[runner.name][-1]["flops"] = runner.count(kept["inputs"])
                 progress.update()
-    rows = [row_of(runner, edge, seconds[runner.name], told[runner.name], memory[runner.name]) for runner in runners]
-    return [row | ({"flops": counted[row["system"]]} if row["system"] in counted else {}) for row in rows]
+    return [row_of(runner, edge, seconds[runner.name], told[runner.name], memory[runner.name]) for runner in runners]
 
 
 def row_of(runner: Runner, edge: int, seconds: list[dict], told: list[dict], memory: int) -> dict:
