@@ -96,6 +96,7 @@ def plot_breakdown(rows: list[dict], edge: int, path: Path):
 def plot_against(rows: list[dict], key: str, label: str, path: Path):
     """Seconds against `key` of the rows, a line a system."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.set_prop_cycle(color=plt.cm.tab20.colors)
     for name in dict.fromkeys(row["system"] for row in rows):
         of = sorted((row[key], row["seconds_median"]) for row in rows if row["system"] == name)
         axes.plot(*zip(*of), marker="o", label=name)
