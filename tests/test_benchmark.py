@@ -163,3 +163,19 @@ def test_of_a_checkpoint_dense_rows_are_dense(processor, make_model, tmp_path, m
     inputs = runner.process([make_image()], 256)
     output = runner.generate(inputs)
     assert "selection" not in output and runner.describe(inputs, None)["tiles_mean"] == 16
+
+
+@pytest.mark.parametrize("name", ["dense", "fastv", "qgsa", "qgsa-blocks"])
+def test_a_batch_is_told_by_the_question(model, processor, make_image, name):
+    run = BenchmarkArguments(systems=[name], batch_size=2, tokens=20, new_tokens=3, device="cpu")
+    runner = Runner(name, run, {SYSTEMS[name].model: model}, {"stock": processor, "ours": processor})
+    images = [make_image(0), make_image(1, 256, 64)]
+    alone = []
+    for batch in ([images[0]], [images[1]], images):
+        inputs = runner.process(batch, 256)
+        alone.append(runner.describe(inputs, runner.generate(inputs).get("selection")))
+    for key in ("visual_tokens_mean", "tiles_mean", "prompt_tokens"):
+        assert alone[2][key] == pytest.approx((alone[0][key] + alone[1][key]) / 2)
+    if name in ("qgsa", "qgsa-blocks"):
+        total = [one["flops"]["total"] for one in alone]
+        assert total[2] == pytest.approx((total[0] + total[1]) / 2, rel=1e-6)

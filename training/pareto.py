@@ -113,6 +113,7 @@ def format_pareto(rows: list[dict]) -> str:
 def plot_pareto(rows: list[dict], path: Path):
     """Δ to dense against all FLOPs of an answer, a line a method."""
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
+    axes.set_prop_cycle(color=plt.cm.tab20.colors)
     names = dict.fromkeys(row["system"].partition(", k")[0] for row in rows)
     for name in names:
         of = [row for row in rows if row["system"].partition(", k")[0] == name]
@@ -121,6 +122,7 @@ def plot_pareto(rows: list[dict], path: Path):
         axes.plot(*zip(*of), marker="o", label=name, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("GFLOPs of an answer, encoder included")
     axes.set_ylabel("Δ to dense, pp")
     axes.grid(alpha=0.3, which="both")

@@ -102,6 +102,7 @@ def plot_against(rows: list[dict], key: str, label: str, path: Path):
         axes.plot(*zip(*of), marker="o", label=name)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(label)
     axes.set_ylabel("seconds a question")
     axes.grid(alpha=0.3, which="both")
