@@ -254,7 +254,7 @@ class QGSASmolVLMModel(PartialVision, SmolVLMModel):
         views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
         if budget.selection == "dense":
             views.refuse_dense()
-            if pixel_values is not None and self.vision_model.dtype != self.text_model.dtype:
+            if pixel_values is not None and self.is_tuned:
                 inputs_embeds = self.embed_dense(input_ids, pixel_values, pixel_attention_mask)
                 input_ids = pixel_values = pixel_attention_mask = None
         if views.are_none or inputs_embeds is not None or budget.selection == "dense":

@@ -203,6 +203,11 @@ def encode_blocks(
 class PartialVision:
     """What [`QGSASmolVLMModel`] adds to SmolVLM's vision: looking at some tiles, or at some blocks of them."""
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the encoder runs otherwise than SmolVLM's: in steps, or in a dtype of its own."""
+        return self.config.tiles_per_step is not None or self.vision_model.dtype != self.text_model.dtype
+
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
         """As SmolVLM's, `config.tiles_per_step` tiles at a time, in the dtype of the text model.
 
@@ -210,25 +215,32 @@ class PartialVision:
         """
         step = self.config.tiles_per_step
         real = pixel_values.flatten(2).any(-1)
-        if (step is None and self.vision_model.dtype == self.text_model.dtype) or not real.any():
+        if not self.is_tuned or not real.any():
             return super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)
         pixels, mask = pixel_values[real], None if pixel_attention_mask is None else pixel_attention_mask[real]
         step, parts = step or len(pixels), []
         for start in range(0, len(pixels), step):
             some = slice(start, start + step)
             outputs = super().get_image_features(pixels[None, some], None if mask is None else mask[None, some])
-            parts += outputs.pooler_output
+            parts += list(outputs.pooler_output)  # of tiles or samples, as the version of transformers has it
         features = torch.cat(parts).to(self.text_model.dtype)
         outputs.last_hidden_state = None
         outputs.pooler_output = list(features.split((real.sum(1) * self.config.tokens_per_tile).tolist()))
         return outputs
 
     def embed_dense(self, input_ids, pixel_values, pixel_attention_mask=None) -> torch.Tensor:
-        """Word embeddings with the features of all tiles, `(B, L, D)`; SmolVLM's own wants one dtype throughout."""
+        """Word embeddings with the features of all tiles, `(B, L, D)`; SmolVLM's own wants one dtype throughout.
+
+        Raises ValueError where the prompt has other placeholders than there are visual tokens.
+        """
         features = torch.cat(self.get_image_features(pixel_values, pixel_attention_mask).pooler_output)
         embeds = self.get_input_embeddings()(input_ids)
-        visual = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
-        return embeds.masked_scatter(visual, features)
+        visual = input_ids == self.config.image_token_id
+        if int(visual.sum()) != len(features):
+            raise ValueError(
+                f"{int(visual.sum())} image placeholders in input_ids: the pixels make {len(features)} tokens"
+            )
+        return embeds.masked_scatter(visual[..., None], features)
 
     def encode_tiles(self, views: Views, layout: VisualLayout, tiles: torch.BoolTensor) -> torch.Tensor:
         """Encode the tiles chosen by `tiles` (`(T,)` bool) and no other: `(n, P, D)`."""

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from PIL import Image
 from transformers import Idefics3ImageProcessorPil
 
@@ -70,6 +72,8 @@ def test_lazy_pixels_are_the_stock_processors_whatever_images_come_as(processor,
         "list": [image],
         "nested": [[image]],
     }[kind]
+    if kind in ("RGBA", "LA") and version.parse(transformers.__version__) < version.parse("5.20"):
+        pytest.skip("the stock image processor of older versions drops alpha")
     call = {"text": "<image>what?", "images": given, "return_tensors": "pt"}
     eager, lazy = processor(**call), processor(**call, lazy_tiles=True)
     assert torch.equal(lazy["lazy_tiles"].cut([0] * 17, list(range(17))), eager["pixel_values"][0])
@@ -81,11 +85,12 @@ def test_lazy_pixels_are_the_stock_processors_whatever_images_come_as(processor,
         ({"do_image_splitting": False}, 1),
         ({"size": {"longest_edge": 128}}, 5),
         ({"images_kwargs": {"size": {"longest_edge": 128}}}, 5),
-        ({"text_kwargs": {"padding": "max_length", "max_length": 400}}, 17),
+        ({"text_kwargs": {"padding": "max_length", "max_length": 400, "return_tensors": "pt"}}, 17),
     ],
 )
 def test_lazy_inputs_follow_the_options(processor, make_image, options, tiles):
-    call = {"images": make_image(0), "text": "<image>what?", "return_tensors": "pt", **options}
+    call = {"images": make_image(0), "text": "<image>what?", **options}
+    call |= {} if "text_kwargs" in options else {"return_tensors": "pt"}
     eager, lazy = processor(**call), processor(**call, lazy_tiles=True)
     assert lazy["lazy_tiles"].counts == [tiles] and torch.equal(eager["input_ids"], lazy["input_ids"])
 

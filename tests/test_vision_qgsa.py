@@ -271,3 +271,11 @@ def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
     one, two = prepare(samples[0], lazy_tiles=True), prepare(samples[0], samples[0], lazy_tiles=True)
     with pytest.raises(ValueError, match="lazy_tiles cuts tiles of 2 samples: there are 1 prompts"):
         model(**{**one, "lazy_tiles": two["lazy_tiles"]})
+
+
+@pytest.mark.parametrize("tuning", [{"tiles_per_step": 2}, {"vision_dtype": torch.bfloat16}])
+def test_a_tuned_dense_model_says_where_pixels_and_prompt_do_not_fit(make_model, single, tuning):
+    inputs = {**single, "pixel_values": single["pixel_values"][:, 1:]}
+    inputs["pixel_attention_mask"] = single["pixel_attention_mask"][:, 1:]
+    with pytest.raises(ValueError, match="272 image placeholders in input_ids: the pixels make 256 tokens"):
+        make_model().tune(**tuning)(**inputs, selection="dense")
