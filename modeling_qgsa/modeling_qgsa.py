@@ -14,15 +14,13 @@ everything to the stock model.
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    SmolVLMForConditionalGeneration,
-    SmolVLMModel,
-)
+from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_qgsa import Budget, QGSAConfig, pop_budget
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
+from .relaxation_qgsa import RelaxedPrefill
 from .selection_qgsa import (
     Glance,
     Prompt,
@@ -32,13 +30,10 @@ from .selection_qgsa import (
     complexity_at,
     describe_selection,
     find_question,
-    gated_attention_mask,
-    gates_of_positions,
     keep_top_k,
     positions_to_keep,
     rank_tokens,
     read_layout,
-    relaxed_top_k,
     relevance_of_tokens,
     scores_of_tiles,
     splice,
@@ -73,7 +68,7 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     glance: Glance | None = None
 
 
-class QGSASmolVLMModel(PartialVision, SmolVLMModel):
+class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
     """SmolVLM without its language head, with the selector."""
 
     config_class = QGSAConfig
@@ -148,6 +143,24 @@ class QGSASmolVLMModel(PartialVision, SmolVLMModel):
         is_global = layout.is_global[:, None]
         return to_tiles(keep_top_k(*rank_tokens(scores, looked & ~is_global, layout), k), layout) | is_global
 
+    def look(self, glance: Glance, views: Views, looked: torch.BoolTensor) -> torch.Tensor:
+        """Step 4: features of the tiles with tokens that are `looked` at, `(n, P, D)`; 0 at tokens that are not.
+
+        The global views among them are not encoded again. Tiles of which only some tokens are looked at are encoded
+        in blocks.
+        """
+        layout = glance.layout
+        features = glance.features.new_zeros(*looked.shape, glance.features.shape[-1])
+        features = features.index_put((layout.is_global,), glance.features)
+        whole, tiles = looked.all(1) & ~layout.is_global, looked.any(1)
+        if whole.any():
+            features = features.index_put((whole,), self.encode_tiles(views, layout, whole))
+        part = tiles & ~looked.all(1)
+        if part.any():
+            where = (looked & part[:, None]).nonzero(as_tuple=True)
+            features = features.index_put(where, self.encode_blocks(views, layout, looked, part))
+        return features[tiles]
+
     def score_tokens(self, glance: Glance, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
         """The selector's scores of the visual tokens of the chosen `tiles`, `(n, P)`."""
         layout, image = glance.layout, glance.layout.tile_image[tiles]
@@ -188,44 +201,6 @@ class QGSASmolVLMModel(PartialVision, SmolVLMModel):
             (prompt.attention_mask, 0),
             (prompt.position_ids, 0),
         )
-        selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
-        return SelectedInputs(embeds, mask, positions, selection, glance, features)
-
-    def relax_inputs(
-        self, budget: Budget, prompt: Prompt, views: Views, question_mask=None, temperature=1.0
-    ) -> SelectedInputs:
-        """The prefill in training: random budgets, and a gate on the attention keys in the place of top-k.
-
-        Each image gets a budget between its minimum and maximum, so that the text model learns to read all of them.
-        The tokens of its m most relevant tiles are spliced, and each is gated by the relaxed selection of k:
-        gradients of the answer reach the selector through the gates. All tiles are encoded, for the teachers. The
-        selection that is reported is the hard one that the same scores make.
-        """
-        glance = self.glance_and_point(prompt, views, question_mask)
-        layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
-        looked = self.choose(budget.selection, glance, m, k)
-        every, tiles = torch.ones_like(looked), looked.any(1)
-        if budget.selection == "blocks":  # whole tiles are for the teachers then
-            with torch.no_grad():
-                features = self.look(glance, views, every)
-            seen = self.look(glance, views, looked)
-        else:
-            features = self.look(glance, views, every)
-            seen = features[tiles]
-        scores = self.score_tokens(glance, seen, tiles)
-        kept = self.keep(glance, scores, looked, k)
-        everywhere = scores.new_zeros(looked.shape).index_put((tiles,), scores)
-        gates = to_tiles(relaxed_top_k(*rank_tokens(everywhere, looked, layout), k, temperature), layout)
-
-        embeds = self.embed(prompt.input_ids, layout, seen, tiles)
-        (embeds, mask, positions, log_gates), keep_indices = splice(
-            positions_to_keep(prompt.attention_mask, layout, looked),
-            (embeds, 0.0),
-            (prompt.attention_mask, 0),
-            (prompt.position_ids, 0),
-            (gates_of_positions(gates, layout).to(embeds.dtype), 0.0),
-        )
-        mask = gated_attention_mask(mask, log_gates)
         selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
         return SelectedInputs(embeds, mask, positions, selection, glance, features)
 
@@ -417,15 +392,12 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         """That of the text model, also where the encoder has one of its own: what a checkpoint is loaded in again."""
         return self.model.text_model.dtype
 
-    def tune(
-        self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None
-    ) -> "QGSASmolVLMForConditionalGeneration":
+    def tune(self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None):
         """Set what is a matter of the machine: the precision of the encoder, and how many tiles it takes at once.
 
-        On CPUs with bfloat16 instructions `model.tune(torch.bfloat16, tiles_per_step=1)` halves the time of the
-        encoder, while the text model is faster in float32; `training/benchmark.py` measures it. It holds for "dense"
-        too, which then is the stock model but for rounding. A saved checkpoint is loaded again in the text model's
-        dtype throughout, so tune after loading.
+        On CPUs with bfloat16 instructions `model.tune(torch.bfloat16)` halves the time of the encoder; the text model
+        is left as it is. `training/benchmark.py` measures both. "dense" is then stock but for rounding. A saved
+        checkpoint is loaded again in the text model's dtype throughout, so tune after loading.
 
         Args:
             vision_dtype: of encoder and connector, converted in place; None leaves it.

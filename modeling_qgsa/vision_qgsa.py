@@ -1,4 +1,4 @@
-"""Looking: what there is to look at, and the encoder over parts of it. Sizes as in `selection_qgsa`."""
+"""What there is to look at, and the encoder over parts of it. Sizes as in `selection_qgsa`."""
 
 import hashlib
 import weakref
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .selection_qgsa import Glance, VisualLayout
+from .selection_qgsa import VisualLayout
 
 
 class VisualCache:
@@ -201,7 +201,7 @@ def encode_blocks(
 
 
 class PartialVision:
-    """What [`QGSASmolVLMModel`] adds to SmolVLM's vision: looking at some tiles, or at some blocks of them."""
+    """What [`QGSASmolVLMModel`] adds to SmolVLM's encoder: encoding some tiles, or some blocks of them."""
 
     @property
     def is_tuned(self) -> bool:
@@ -279,21 +279,3 @@ class PartialVision:
         images, scale = layout.tile_image[tiles], self.config.scale_factor
         blocks = encode_blocks(self.vision_model, self.connector, pixels, looked[tiles], images, scale)
         return blocks.to(self.text_model.dtype)
-
-    def look(self, glance: Glance, views: Views, looked: torch.BoolTensor) -> torch.Tensor:
-        """Step 4: features of the tiles with tokens that are `looked` at, `(n, P, D)`; 0 at tokens that are not.
-
-        The global views among them are not encoded again. Tiles of which only some tokens are looked at are encoded
-        in blocks.
-        """
-        layout = glance.layout
-        features = glance.features.new_zeros(*looked.shape, glance.features.shape[-1])
-        features = features.index_put((layout.is_global,), glance.features)
-        whole, tiles = looked.all(1) & ~layout.is_global, looked.any(1)
-        if whole.any():
-            features = features.index_put((whole,), self.encode_tiles(views, layout, whole))
-        part = tiles & ~looked.all(1)
-        if part.any():
-            where = (looked & part[:, None]).nonzero(as_tuple=True)
-            features = features.index_put(where, self.encode_blocks(views, layout, looked, part))
-        return features[tiles]

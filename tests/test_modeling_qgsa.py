@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import modeling_qgsa.modeling_qgsa as modeling
+import modeling_qgsa.relaxation_qgsa as relaxation
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
 from training.data.collator import QuestionCollator
 
@@ -408,7 +408,7 @@ def test_relaxed_forward_with_all_gates_open_is_dense(make_dense, trainable, lab
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_relaxed_forward_approaches_the_hard_one(attention, make_dense, make_model, one_tile, monkeypatch):
-    monkeypatch.setattr(modeling, "relaxed_top_k", partial(modeling.relaxed_top_k, noise=False))
+    monkeypatch.setattr(relaxation, "relaxed_top_k", partial(relaxation.relaxed_top_k, noise=False))
     model = make_model(make_dense("smolvlm", attention))
     budget = {"min_visual_tokens": 5, "max_visual_tokens": 5}
     with torch.no_grad():
@@ -424,7 +424,7 @@ def test_relaxed_forward_approaches_the_hard_one(attention, make_dense, make_mod
 
 
 def test_relaxed_forward_approaches_the_hard_one_where_a_tile_keeps_nothing(trainable, labelled, monkeypatch):
-    monkeypatch.setattr(modeling, "relaxed_top_k", partial(modeling.relaxed_top_k, noise=False))
+    monkeypatch.setattr(relaxation, "relaxed_top_k", partial(relaxation.relaxed_top_k, noise=False))
     budget = {"min_tiles": 4, "max_tiles": 4, "min_visual_tokens": 3, "max_visual_tokens": 3}
     with torch.no_grad():
         cold = trainable(**labelled, **budget, gumbel_temperature=1e-5)
