@@ -1,4 +1,4 @@
-.PHONY: help install demo test slow quality style clean
+.PHONY: help install environments demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -12,6 +12,16 @@ install: .venv/installed  ## set up .venv with the tested versions (about 5 GB, 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other transformers that the tests ask
+
+# All but transformers and what it pins comes from .venv.
+.venv-%/installed: .venv/installed
+	$(PYTHON) -m venv .venv-$*
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/qgsa.pth"
+	.venv-$*/bin/python -m pip install --quiet transformers==$*
 	touch $@
 
 demo: install  ## train question-guided selection on cards, show the table and the pictures (8 minutes on two cores)
@@ -32,4 +42,4 @@ style: install  ## mend the style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and all outputs
-	rm -rf .venv outputs
+	rm -rf .venv .venv-* outputs

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from huggingface_hub.dataclasses import strict
-from transformers import SmolVLMConfig
+from .generations_qgsa import SmolVLMConfig, strict_config
 
 
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
@@ -19,7 +18,7 @@ AUTO_MAP = {
 }
 
 
-@strict
+@strict_config
 class QGSAConfig(SmolVLMConfig):
     r"""
     Configuration of [`QGSASmolVLMForConditionalGeneration`]: that of SmolVLM, the selection and its budgets, the
@@ -85,11 +84,11 @@ class QGSAConfig(SmolVLMConfig):
         return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
 
     def validate_budget(self):
-        """The selection is known and its budgets are in order; run by `@strict` on construction."""
+        """The selection is known and its budgets are in order; run by `@strict_config` on construction."""
         check_budget(self.selection, self.min_visual_tokens, self.max_visual_tokens, self.min_tiles, self.max_tiles)
 
     def validate_selector(self):
-        """The selector can be built; run by `@strict` on construction."""
+        """The selector can be built; run by `@strict_config` on construction."""
         for name in ("selector_hidden_size", "selector_layers", "selector_heads", "max_question_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to be at least 1")

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_qgsa import Budget, QGSAConfig, pop_budget
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
+from .generations_qgsa import AdvancingPositions, mend_patch_positions
 from .relaxation_qgsa import RelaxedPrefill
 from .selection_qgsa import (
     Glance,
@@ -76,6 +77,7 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)
+        mend_patch_positions(self.vision_model)
         width = config.text_config.hidden_size
         self.selector = QuestionGuidedSelector(
             width,
@@ -268,10 +270,8 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
         )
 
 
-class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
+class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditionalGeneration):
     """SmolVLM that looks only where the question points.
-
-    Example:
 
     ```python
     model = QGSASmolVLMForConditionalGeneration.from_dense("HuggingFaceTB/SmolVLM-256M-Instruct")

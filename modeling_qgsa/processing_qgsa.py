@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
-from transformers.processing_utils import ImagesKwargs
 
+from .generations_qgsa import image_options
 from .selection_qgsa import QGSASelection, find_question, read_layout
 from .tiles_qgsa import LazyImage, LazyTiles
 
@@ -57,7 +57,7 @@ class QGSAProcessor(Idefics3Processor):
         Raises ValueError for any other option of the image processor.
         """
         own, images_kwargs = self.image_processor, dict(images_kwargs or {})
-        known = own.valid_kwargs.__annotations__ | ImagesKwargs.__annotations__
+        known = image_options(own)
         for name in [name for name in kwargs if name in known and name != "return_tensors"]:
             images_kwargs[name] = kwargs.pop(name)
         longest_edge = (images_kwargs.pop("size", None) or own.size)["longest_edge"]
@@ -227,9 +227,8 @@ def draw_cells(draw: ImageDraw.ImageDraw, cells: np.ndarray, size: tuple[int, in
     rows, columns = cells.shape
     for row, column in np.argwhere(cells):
         x, y = size[0] * column // columns, size[1] * row // rows
-        draw.rectangle(
-            (x, y, size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1), outline=colour, width=width
-        )
+        right, bottom = size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1
+        draw.rectangle((x, y, max(x, right), max(y, bottom)), outline=colour, width=width)  # a cell may be below 1 px
 
 
 __all__ = ["QGSAProcessor"]

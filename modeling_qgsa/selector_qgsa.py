@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
+from .generations_qgsa import initialization as init
 from .selection_qgsa import splice
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .generations_qgsa import AS_OUTPUT, tile_features
 from .selection_qgsa import VisualLayout
 
 
@@ -221,11 +222,16 @@ class PartialVision:
         step, parts = step or len(pixels), []
         for start in range(0, len(pixels), step):
             some = slice(start, start + step)
-            outputs = super().get_image_features(pixels[None, some], None if mask is None else mask[None, some])
-            parts += list(outputs.pooler_output)  # of tiles or samples, as the version of transformers has it
+            part = None if mask is None else mask[None, some]
+            outputs = super().get_image_features(pixels[None, some], part, **AS_OUTPUT)
+            parts.append(tile_features(outputs))
         features = torch.cat(parts).to(self.text_model.dtype)
+        if torch.is_tensor(outputs):
+            return features
         outputs.last_hidden_state = None
-        outputs.pooler_output = list(features.split((real.sum(1) * self.config.tokens_per_tile).tolist()))
+        outputs.pooler_output = list(
+            features.flatten(0, -2).split((real.sum(1) * self.config.tokens_per_tile).tolist())
+        )
         return outputs
 
     def embed_dense(self, input_ids, pixel_values, pixel_attention_mask=None) -> torch.Tensor:
@@ -233,7 +239,9 @@ class PartialVision:
 
         Raises ValueError where the prompt has other placeholders than there are visual tokens.
         """
-        features = torch.cat(self.get_image_features(pixel_values, pixel_attention_mask).pooler_output)
+        features = tile_features(self.get_image_features(pixel_values, pixel_attention_mask, **AS_OUTPUT)).flatten(
+            0, -2
+        )
         embeds = self.get_input_embeddings()(input_ids)
         visual = input_ids == self.config.image_token_id
         if int(visual.sum()) != len(features):
@@ -250,8 +258,8 @@ class PartialVision:
             return self.encode_new_tiles(views, layout, tiles)
         pixels, mask = views.pixels(layout, tiles)
         mask = None if mask is None else mask[None]
-        features = self.get_image_features(pixels[None], mask, return_dict=True).pooler_output
-        return torch.cat(list(features)).view(-1, layout.tokens_per_tile, self.config.text_config.hidden_size)
+        features = tile_features(self.get_image_features(pixels[None], mask, **AS_OUTPUT))
+        return features.view(-1, layout.tokens_per_tile, self.config.text_config.hidden_size)
 
     def encode_new_tiles(self, views: Views, layout: VisualLayout, tiles: torch.BoolTensor) -> torch.Tensor:
         """As `encode_tiles`, one by one and only what `views.cache` does not hold, which then holds it."""

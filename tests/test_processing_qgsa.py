@@ -213,6 +213,13 @@ def test_drawing_an_image_that_is_not_there(processor, model, single, make_image
         processor.draw_selection(make_image(), model.select(**single), index)
 
 
+@pytest.mark.parametrize("width, height", [(4, 4), (15, 8), (256, 4)])
+def test_images_with_less_pixels_than_cells_are_drawn(width, height, processor, model, prepare, make_image):
+    image = make_image(0).resize((width, height))
+    selection = model.select(**prepare(("what is it?", [image])), min_tiles=16, max_tiles=16)
+    assert processor.draw_selection(image, selection).size == (width, height)
+
+
 def test_scale_to_repeats_cells():
     cells = np.array([[True, False]])
     assert scale_to(cells, (4, 2)).tolist() == [[True, True, False, False]] * 2

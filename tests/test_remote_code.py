@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 
 
 CODE = [f"{name}_qgsa.py" for name in ("configuration", "modeling", "processing", "selection", "selector")]
@@ -165,7 +169,18 @@ def test_saving_again_brings_the_code_again(report, checkpoint):
 
 
 def test_loading_without_trust_is_refused(checkpoint):
-    from transformers import AutoConfig
+    ask = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(checkpoint)!r})"
+    done = subprocess.run([sys.executable, "-I", "-c", ask], capture_output=True, text=True, input="n\n")
+    assert done.returncode != 0 and "trust_remote_code=True" in done.stderr
 
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+
+def test_with_the_package_imported_no_code_of_a_checkpoint_is_needed_or_run(checkpoint, tmp_path):
+    hostile = shutil.copytree(checkpoint, tmp_path / "hostile")
+    for path in hostile.glob("*_qgsa.py"):
+        path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = AutoConfig.from_pretrained(hostile)
+    model = AutoModelForImageTextToText.from_pretrained(hostile)
+    processor = AutoProcessor.from_pretrained(hostile)
+    assert type(config) is QGSAConfig and type(processor) is QGSAProcessor
+    assert type(model) is QGSASmolVLMForConditionalGeneration
+    assert not (tmp_path / "ran").exists()

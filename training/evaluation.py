@@ -1,6 +1,7 @@
 """Evaluation: the same questions to every system, paired with dense, with the controls beside them."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import median
@@ -236,6 +237,7 @@ def make_row(name: str, answers: Answers, samples: list[dict], right: np.ndarray
         "system": name,
         "visual_tokens_mean": float(np.mean(answers.visual_tokens)),
         "tiles_mean": float(np.mean(answers.tiles)),
+        "visual_tokens_counts": {str(k): n for k, n in sorted(Counter(answers.visual_tokens).items())},
         "accuracy": float(right.mean()),
         "accuracy_ci95": bootstrap_interval(right),
         "delta_vs_dense_pp": float(100 * (right - dense).mean()),

@@ -28,12 +28,13 @@ def environment() -> dict:
     }
 
 
-def write_results(path: Path, preset: str, dataset: str, n: int, seed: int, rows: list[dict]):
-    """Write `results.json` in the form of the public contract; the file is replaced in one step."""
+def write_results(path: Path, preset: str, dataset: str, n: int, seed: int, rows: list[dict]) -> dict:
+    """Write `results.json` in the form of the public contract, in one step; returns what is written."""
     results = {"preset": preset, "dataset": dataset, "n": n, "seed": seed, "environment": environment(), "rows": rows}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=2) + "\n")
     part.replace(path)
+    return results
 
 
 def format_table(rows: list[dict]) -> str:
@@ -118,25 +119,6 @@ def plot_selections(model, processor, samples: list[dict], collate, path: Path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def write_card(folder: Path, name: str, base: str, dataset: str, n: int, rows: list[dict], command: str):
-    """Write the model card `README.md` of `folder` from the template and the rows of `results.json`."""
-    filled = (
-        (TEMPLATES / "card_template.md")
-        .read_text()
-        .format(
-            name=name,
-            base=base,
-            dataset=dataset,
-            n=n,
-            table=format_table(rows),
-            families=format_families(rows),
-            command=command,
-            environment=describe_environment(),
-        )
-    )
-    (folder / "README.md").write_text(filled)
 
 
 def write_dense_card(folder: Path, name: str, parameters: int, n: int, row: dict, needed: dict, command: str):

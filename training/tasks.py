@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, Idefics3Processor
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from training.clip_alignment import PatchWordAlignment
@@ -17,17 +17,17 @@ from training.data.load import load_data
 from training.dense import train_dense, train_on_questions
 from training.evaluation import DENSE, System, add_flops, evaluate_systems, standard_systems
 from training.feature_cache import open_feature_cache
+from training.model_card import CardContent, budgets_in_words, write_card
 from training.report import (
     format_families,
     format_table,
     plot_accuracy,
     plot_selections,
-    write_card,
     write_dense_card,
     write_results,
 )
 from training.store import TensorStore
-from training.tiny import build_model, build_processor
+from training.tiny import build_model, build_processor, save_processor
 from training.trainer import QGSATrainer
 
 
@@ -66,8 +66,7 @@ def run_dense(preset: str, run, args, command: str):
 
     output = Path(args.output_dir)
     model.save_pretrained(output)
-    parts = {"image_seq_len": processor.image_seq_len, "chat_template": processor.chat_template}
-    Idefics3Processor(processor.image_processor, processor.tokenizer, **parts).save_pretrained(output)
+    save_processor(processor, output)
     system = System("dense", QGSASmolVLMForConditionalGeneration.from_dense(model, processor.tokenizer), DENSE)
     rows = evaluate_systems([system], test, processor, run.test_batch_size, run.max_new_tokens, args.seed, run.dataset)
     write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
@@ -199,12 +198,22 @@ def evaluate_and_report(preset, run, args, command, dense, tuned, processor, tes
     output = Path(args.output_dir)
     (output / "figures").mkdir(parents=True, exist_ok=True)
     add_flops(rows, systems, test, processor, run.max_new_tokens, questions=1 if run.random_weights else 8)
-    write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
+    results = write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
     plot_accuracy(rows, output / "figures" / "accuracy.png")
     samples = one_of_each_family(test)
     collate = QuestionCollator(processor, with_answer=False)
     plot_selections(tuned, processor, samples, collate, output / "figures" / "selections.png")
-    write_card(output, f"qgsa-{preset}", run.base_model, run.dataset, len(test), rows, command)
+    content = CardContent(
+        name=f"qgsa-{preset}",
+        repo_id=str(output),
+        made_from=run.base_model,
+        base_model=None if Path(run.base_model).exists() else run.base_model,
+        budgets=budgets_in_words(tuned.config),
+        command=command,
+        accuracy=results,
+        picture="figures/selections.png",
+    )
+    write_card(output, content)
     print(f"\n{format_table(rows)}\n\n{format_families(rows)}\n\nCheckpoint, card and figures: {output}")
 
 

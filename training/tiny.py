@@ -3,6 +3,9 @@
 A tile is 64 px, a patch 8 px, a visual token 2x2 patches: 16 tokens a tile and 17 tiles, 272 visual tokens an image.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -74,6 +77,26 @@ def build_processor(texts=None, longest_edge: int = 256) -> Idefics3Processor:
         size={"longest_edge": longest_edge}, max_image_size={"longest_edge": 64}
     )
     return Idefics3Processor(image_processor, build_tokenizer(texts), image_seq_len=16, chat_template=CHAT_TEMPLATE)
+
+
+def save_processor(processor: Idefics3Processor, folder):
+    """Save a processor in files that transformers 4 reads too, as those of the published checkpoints."""
+    folder = Path(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    special = config.pop("extra_special_tokens")
+    config |= {
+        "additional_special_tokens": special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    own = {"image_seq_len": processor.image_seq_len, "processor_class": "Idefics3Processor"}
+    (folder / "processor_config.json").write_text(json.dumps(own, indent=2) + "\n")
 
 
 def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
