@@ -1,30 +1,39 @@
-"""The README's tables are those of the committed results."""
+"""The tables are those of the committed results, what is named is there, and every snippet runs."""
 
+import base64
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
+import export
+import push_to_hub
 import pytest
+import serve
+import torch
+from serving import serving
+from transformers import HfArgumentParser
 
 from training.ablation import format_ablation
 from training.adaptive import best_fixed, format_adaptive, format_spending
+from training.benchmark import BenchmarkArguments
 from training.flops import paper_table
 from training.pareto import format_pareto
 from training.report import format_families, format_table
+from training.run_qgsa import RunArguments, read_preset
 from training.speed_report import format_headline, format_speed
+from training.trainer import QGSATrainingArguments
 
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+HEADING = re.compile(r"^#+ (.+)$", re.M)
 RESULTS = ROOT / "hub_cards" / "results"
 
 
 def adaptive_tables(rows):
     return [format_adaptive(rows), format_spending(rows[1], best_fixed(rows[2:], rows[1]))]
-
-
-def headline_tables(rows):
-    cards = json.loads((RESULTS / "pareto_cards.json").read_text())["rows"]
-    return [format_headline(rows, cards, 2048), format_speed(rows, 2048)]
 
 
 def lines_of_sizes(rows):
@@ -41,23 +50,36 @@ TABLES = {
     "vqa_rad": lambda rows: [format_table(rows)],
     "vqa_rad_published": lambda rows: [format_table(rows)],
     "pareto_cards": lambda rows: [format_pareto(rows)],
-    "speed_256m_cpu": headline_tables,
+    "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_sizes_cpu": lines_of_sizes,
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_readme_holds_the_tables_of_the_results(name):
+def test_the_results_page_holds_the_tables_of_the_results(name):
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    readme = (ROOT / "README.md").read_text()
+    page = (RESULTS / "README.md").read_text()
     for table in TABLES[name](rows):
-        assert table in readme
+        assert table in page
 
 
-def test_readme_holds_the_flops_of_the_formula():
-    results = json.loads((RESULTS / "flops.json").read_text())
+def test_the_readme_holds_the_headline_and_the_demo_in_a_sentence():
+    rows = {name: json.loads((RESULTS / f"{name}.json").read_text())["rows"] for name in TABLES}
     readme = (ROOT / "README.md").read_text()
+    assert format_headline(rows["speed_256m_cpu"], rows["pareto_cards"], 2048) in readme
+    by_name = {row["system"]: row for row in rows["cards"]}
+    qgsa, delta = by_name["qgsa"], {name: f"{row['delta_vs_dense_pp']:.1f}" for name, row in by_name.items()}
+    low, high = qgsa["delta_ci95"]
+    told, random = " ".join(readme.split()), delta["random"].removeprefix("-")
+    assert f"{delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] to dense at {qgsa['visual_tokens_mean']:.1f} of 272" in told
+    assert f"{qgsa['tiles_mean']:.2f} of 16 tiles, where random tokens at that budget lose {random} pp" in told
+    assert f"a grey image {delta['blank-image'][1:]} " in told
+
+
+def test_the_results_page_holds_the_flops_of_the_formula():
+    results = json.loads((RESULTS / "flops.json").read_text())
+    readme = (RESULTS / "README.md").read_text()
     assert results["paper"] == paper_table()
     for name, rows in results["answers"].items():
         for row in rows:
@@ -70,10 +92,80 @@ def test_all_results_are_told():
     assert {path.stem for path in RESULTS.glob("*.json")} == set(TABLES) | {"flops"}
 
 
-def test_readme_names_only_files_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    linked = re.findall(r"\]\(([^):]+)\)", readme)
-    named = re.findall(r"\b(?:training|modeling_qgsa|hub_cards|tests)/[\w/.-]*\w", readme)
-    assert {"LOG.md", "CONTRIBUTING.md"} <= set(linked) and "training/run_qgsa.py" in named
-    for name in linked + named:
+@pytest.mark.parametrize("page", [README, RESULTS / "README.md", ROOT / "hub_cards" / "space" / "README.md"])
+def test_pages_name_only_files_that_exist(page):
+    text = page.read_text()
+    linked = [name.split("#")[0] for name in re.findall(r"\]\(([^):]+)\)", text)]
+    named = re.findall(r"\b(?:training|modeling_qgsa|hub_cards|tests)/[\w/.-]*\w(?![\w{])", text)
+    for name in filter(None, linked):
+        assert (page.parent / name).exists(), name
+    for name in named:
         assert (ROOT / name).exists(), name
+    headings = {re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-") for line in HEADING.findall(text)}
+    assert {name[1:] for name in re.findall(r"\]\((#[^)]+)\)", text)} <= headings
+
+
+def snippets(text: str, language: str) -> list[str]:
+    """The code blocks of a page in one language; shell has none."""
+    return [code for named, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if named == language]
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(make_image, tmp_path, capsys):
+    """One after the other in one session; the dense checkpoint is the tiny one, which needs no network."""
+    export.export(export.ExportArguments(str(ROOT / "hub_cards" / "tiny-qgsa"), str(tmp_path / "qgsa")))
+    image = make_image(3)
+    image.save(tmp_path / "image.png")
+    encoded = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    scope = {"question": "how many cards are there?", "image": image, "torch": torch}
+    scope["data_url"] = f"data:image/png;base64,{encoded}"
+    code = snippets(README.read_text(), "python")
+    assert len(code) == 4
+    with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
+        run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 2 and "'visual_tokens_dense': [272]" in printed[1]
+    assert scope["picture"].size == image.size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()
+
+
+def run_snippets(code, scope, tmp_path):
+    for snippet in code:
+        snippet = snippet.replace("outputs/hub/qgsa-smolvlm-tiny", str(tmp_path / "qgsa"))
+        snippet = snippet.replace("HuggingFaceTB/SmolVLM-256M-Instruct", str(ROOT / "hub_cards" / "tiny-dense"))
+        if "labels" in snippet:
+            inputs = scope["processor"](text=scope["prompt"], images=[scope["image"]], return_tensors="pt")
+            labels = inputs["input_ids"].clone()
+            labels[:, :-2] = -100  # the answer is what comes last
+            scope |= {"inputs": inputs, "labels": labels}
+        exec(snippet, scope)
+
+
+PARSERS = {
+    "hub_cards/export.py": export.ExportArguments,
+    "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
+    "hub_cards/serve.py": serve.ServeArguments,
+    "training/benchmark.py": BenchmarkArguments,
+}
+
+
+@pytest.mark.parametrize("page", [README, RESULTS / "README.md"])
+def test_the_commands_are_understood(page):
+    """Every line of shell: the target or script is there, and takes these arguments."""
+    text = page.read_text()
+    blocks = snippets(text, "") + re.findall(r"`(python [^`]+\.py[^`]*)`", text)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode == 0, line
+        elif program == "python" and arguments[0] == "training/run_qgsa.py":
+            name, arguments = read_preset(arguments[1:])
+            HfArgumentParser((RunArguments, QGSATrainingArguments)).parse_args_into_dataclasses(
+                [*arguments, "--use_cpu", "true"]
+            )
+        elif program == "python" and arguments[0] in PARSERS:
+            HfArgumentParser(PARSERS[arguments[0]]).parse_args_into_dataclasses(arguments[1:])
+        elif program == "python":
+            assert (ROOT / arguments[0]).exists(), line
+        else:
+            assert program in ("hf", "lm_eval", "pip", "curl"), line

@@ -65,6 +65,7 @@ def run_dense(preset: str, run, args, command: str):
         model = train_on_questions(model, processor, args, train)
 
     output = Path(args.output_dir)
+    model.config.use_cache = True  # Trainer turned it off
     model.save_pretrained(output)
     save_processor(processor, output)
     system = System("dense", QGSASmolVLMForConditionalGeneration.from_dense(model, processor.tokenizer), DENSE)
@@ -93,6 +94,7 @@ def run_qgsa(preset: str, run, args, command: str):
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(output).to(args.device)
     else:
         tuned = train_selection(dense, processor, run, args, train)
+        tuned.config.use_cache = True  # Trainer turned it off
         if args.should_save:
             tuned.save_pretrained(output)
             processor.save_pretrained(output)
