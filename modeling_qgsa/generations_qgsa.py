@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import Field, make_dataclass
+from inspect import signature
 from typing import Union, get_args
 
 import torch
@@ -48,12 +49,14 @@ def strict_of_four(config_class):
 class SmolVLMConfigOfFour(transformers.SmolVLMConfig):
     """SmolVLM's configuration with the hook of a dataclass, reading what transformers 5 wrote."""
 
-    def __post_init__(self, text_config=None, **kwargs):
+    def __post_init__(self, text_config=None, tie_word_embeddings=False, **kwargs):
         if isinstance(text_config, dict) and "rope_parameters" in text_config:
             rope = dict(text_config["rope_parameters"])
             theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
             text_config = text_config | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
-        super().__init__(text_config=text_config, **kwargs)
+        if isinstance(text_config, dict):  # whose word is the one that counts there
+            text_config = text_config | {"tie_word_embeddings": tie_word_embeddings}
+        super().__init__(text_config=text_config, tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class PatchPositionsOfFive(SmolVLMVisionEmbeddings):
@@ -95,13 +98,13 @@ def tile_features(outputs) -> torch.Tensor:
 
 def image_options(image_processor) -> set[str]:
     """Names of the options that an image processor of Idefics3 takes in a call."""
-    return set(IMAGE_OPTIONS or image_processor.valid_kwargs.__annotations__) | set(ImagesKwargs.__annotations__)
+    known = (
+        signature(image_processor.preprocess).parameters if IS_FOUR else image_processor.valid_kwargs.__annotations__
+    )
+    return set(known) | set(ImagesKwargs.__annotations__)
 
 
 if IS_FOUR:
-    from transformers.models.idefics3.processing_idefics3 import Idefics3ImagesKwargs
-
-    IMAGE_OPTIONS = Idefics3ImagesKwargs.__annotations__
     strict_config, SmolVLMConfig = strict_of_four, SmolVLMConfigOfFour
     # Modules are initialised as a whole there, or not at all where they are loaded.
     initialization = types.SimpleNamespace(
@@ -111,6 +114,5 @@ if IS_FOUR:
 else:
     from transformers import initialization as initialization
 
-    IMAGE_OPTIONS = None
     strict_config, SmolVLMConfig = strict, transformers.SmolVLMConfig
     AS_OUTPUT = {"return_dict": True}  # for `get_image_features`, whatever the config says

@@ -66,6 +66,7 @@ def build_tokenizer(texts=None) -> PreTrainedTokenizerFast:
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     fast.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
     return fast
