@@ -1,10 +1,12 @@
 """Configuration of QGSA-SmolVLM: a SmolVLM whose question selects what it looks at."""
 
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 from .generations_qgsa import SmolVLMConfig, strict_config
 
 
+MOST = 2**31 - 1  # of a budget: all there is
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 
 # Everything the Auto classes need to load a checkpoint with `trust_remote_code=True`.
@@ -83,6 +85,14 @@ class QGSAConfig(SmolVLMConfig):
         """Visual tokens of one tile: its patches after the pixel shuffle."""
         return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
 
+    def check_tiles(self):
+        """Raise ValueError unless the patches of a tile make whole visual tokens."""
+        patches = self.vision_config.image_size // self.vision_config.patch_size
+        if patches % self.scale_factor:
+            raise ValueError(
+                f"scale_factor {self.scale_factor} is no divisor of the {patches} patches of a tile's side"
+            )
+
     def validate_budget(self):
         """The selection is known and its budgets are in order; run by `@strict_config` on construction."""
         check_budget(self.selection, self.min_visual_tokens, self.max_visual_tokens, self.min_tiles, self.max_tiles)
@@ -108,6 +118,27 @@ class QGSAConfig(SmolVLMConfig):
         if len(self.tile_token_ids) != 36:
             raise ValueError(f"tile_token_ids holds {len(self.tile_token_ids)} ids: 6 rows of 6 columns make 36")
 
+    def validate_sizes(self):
+        """Tiles make visual tokens, and ids can be ids; run by `@strict_config` on construction."""
+        vision, text = self.vision_config, self.text_config
+        for name, size in (
+            ("image_size", vision.image_size),
+            ("patch_size", vision.patch_size),
+            ("scale_factor", self.scale_factor),
+            ("hidden_size", text.hidden_size),
+            ("vocab_size", text.vocab_size),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} is {size}: it has to be at least 1")
+        if self.tokens_per_tile < 1:
+            raise ValueError(
+                f"image_size {vision.image_size}, patch_size {vision.patch_size} and scale_factor {self.scale_factor} "
+                "make 0 visual tokens a tile"
+            )
+        for name in ("image_token_id", "global_image_token_id", "end_of_utterance_token_id"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}: an id is 0 to {2**31 - 1}")
+
 
 def check_budget(selection: str, min_visual_tokens: int, max_visual_tokens: int, min_tiles: int, max_tiles: int):
     """Raise ValueError, naming the field and both numbers, unless the budget can be kept."""
@@ -117,6 +148,9 @@ def check_budget(selection: str, min_visual_tokens: int, max_visual_tokens: int,
         ("visual_tokens", min_visual_tokens, max_visual_tokens, 1),
         ("tiles", min_tiles, max_tiles, 0),
     ):
+        for number in (low, high):
+            if isinstance(number, bool) or not isinstance(number, Integral) or number > MOST:
+                raise ValueError(f"{name} of {number!r}: min_{name} and max_{name} are integers up to {MOST}")
         if low < least:
             raise ValueError(f"min_{name} is {low}: it has to be at least {least}")
         if low > high:

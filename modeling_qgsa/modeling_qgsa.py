@@ -21,16 +21,15 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_qgsa import Budget, QGSAConfig, pop_budget
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .generations_qgsa import AdvancingPositions, mend_patch_positions
+from .prompt_qgsa import Prompt, read_question, refuse_placeholders
 from .relaxation_qgsa import RelaxedPrefill
 from .selection_qgsa import (
     Glance,
-    Prompt,
     QGSASelection,
     SelectedInputs,
     VisualLayout,
     complexity_at,
     describe_selection,
-    find_question,
     keep_top_k,
     positions_to_keep,
     rank_tokens,
@@ -77,6 +76,7 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)
+        config.check_tiles()
         mend_patch_positions(self.vision_model)
         width = config.text_config.hidden_size
         self.selector = QuestionGuidedSelector(
@@ -98,6 +98,7 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
     def glance_and_point(self, prompt: Prompt, views: Views, question_mask=None) -> Glance:
         """Steps 1 to 3: read the layout, encode the global views, ask the selector."""
         config = self.config
+        prompt.check(config.text_config.vocab_size, config.text_config.max_position_embeddings)
         layout = read_layout(
             prompt.input_ids,
             config.tokens_per_tile,
@@ -105,21 +106,14 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
             config.global_image_token_id,
             config.tile_token_ids,
         )
-        check_views(views, layout)
-        readable = prompt.attention_mask.bool() & (layout.tile_of_position < 0) & (prompt.labels == -100)
-        if question_mask is None:
-            question_mask = find_question(prompt.input_ids, readable, config.end_of_utterance_token_id)
-        question_mask = (question_mask.bool() & readable)[layout.image_sample]
-        for image in (~question_mask.any(1)).nonzero()[:1, 0].tolist():
-            sample = layout.image_sample[image]
-            raise ValueError(
-                f"sample {sample} has no question to select by: of its {prompt.input_ids.shape[1]} positions "
-                f"{int((prompt.labels[sample] != -100).sum())} are labelled, and 0 are text of the question"
-            )
+        check_views(views, layout, config.vision_config.image_size)
+        question_mask = read_question(prompt, layout, config.end_of_utterance_token_id, question_mask)
         glance = self.encode_tiles(views, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         relevance, question_state = self.selector(question, question_mask, glance)
         levels = self.complexity_estimator(question, question_mask, glance)
+        if not relevance.isfinite().all():
+            raise ValueError("relevance holds NaN or infinite values: so do weights, or features of the glance")
         complexity = complexity_at(levels.detach(), config.complexity_quantile)
         return Glance(layout, glance, relevance, question_state, question_mask, levels, complexity)
 
@@ -405,7 +399,7 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
 
         Returns the model. Raises ValueError where `tiles_per_step` is below 1.
         """
-        if tiles_per_step is not None and tiles_per_step < 1:
+        if tiles_per_step is not None and not (isinstance(tiles_per_step, int) and tiles_per_step >= 1):
             raise ValueError(f"tiles_per_step is {tiles_per_step}: it has to be at least 1")
         if vision_dtype is not None:
             self.model.vision_model.to(vision_dtype)
@@ -464,6 +458,8 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
         views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
         if budget.selection == "dense":
             views.refuse_dense()
+        elif views.are_none and kwargs.get("past_key_values") is None:
+            refuse_placeholders(input_ids, self.config.image_token_id)
         if views.are_none or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
             given = {
                 "pixel_values": pixel_values,

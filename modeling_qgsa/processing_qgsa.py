@@ -4,16 +4,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
 
 from .generations_qgsa import image_options
-from .selection_qgsa import QGSASelection, find_question, read_layout
+from .images_qgsa import has_images, images_of_samples, load_images, to_rgb
+from .prompt_qgsa import find_question
+from .selection_qgsa import QGSASelection, read_layout
 from .tiles_qgsa import LazyImage, LazyTiles
 
 
-MIN_SIDE = 4  # px; a smaller image holds nothing to look at
-MAX_ASPECT = 200  # the short side of a longer image is resized to nothing
+KEPT_FIELDS = ("kept_tokens", "kept_tiles", "grids", "image_sample")  # of a selection, to draw it
 KEPT, ENCODED, GRID = (255, 140, 0), (40, 120, 255), (255, 255, 255)
 
 
@@ -34,19 +33,34 @@ class QGSAProcessor(Idefics3Processor):
 
     def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
         images = load_images(images)
-        if lazy_tiles and has_images(images) and text is not None:
-            inputs = self.prepare_lazily(images, text, **kwargs)
-        else:
-            inputs = super().__call__(images=images, text=text, **kwargs)
+        check_edges({**kwargs, **(kwargs.get("images_kwargs") or {})})
+        if text is not None:
+            text = check_text(text)
+            images = images if has_images(images) else None
         if images is None or text is None:
-            return inputs
+            return super().__call__(images=images, text=text, **kwargs)
+        images = images_of_samples(images, [prompt.count(self.image_token) for prompt in text])
+        prepare = self.prepare_lazily if lazy_tiles else self.prepare_all
+        inputs = prepare(images, text, **kwargs)
         masks = [
             self.mask_question(torch.as_tensor(ids), torch.as_tensor(mask))
             for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
         ]
-        tensors = torch.is_tensor(inputs["input_ids"])
-        inputs["question_mask"] = torch.stack(masks) if tensors else [mask.tolist() for mask in masks]
+        if isinstance(inputs["input_ids"], list):
+            inputs["question_mask"] = [mask.tolist() for mask in masks]
+        else:
+            stacked = torch.stack(masks)
+            inputs["question_mask"] = stacked if torch.is_tensor(inputs["input_ids"]) else stacked.numpy()
         return inputs
+
+    def prepare_all(self, images, text, **kwargs) -> BatchFeature:
+        """The stock processor's inputs. Raises ValueError where the tokenizer cuts the prompt within an image."""
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except TypeError as error:
+            if kwargs.get("truncation"):
+                raise ValueError(f"max_length {kwargs.get('max_length')} cuts the prompt within an image") from error
+            raise
 
     def prepare_lazily(self, images, text, images_kwargs=None, text_kwargs=None, **kwargs) -> BatchFeature:
         """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand.
@@ -122,11 +136,19 @@ class QGSAProcessor(Idefics3Processor):
             selection: what `model.select` returned.
             index: number of the image in the batch, in prompt order.
 
-        Returns an RGB image of the same size. Raises ValueError where `index` is beyond the selection's images.
+        Returns an RGB image of the same size. Raises ValueError where `index` is beyond the selection's images, or the
+        image cannot be one of them, and TypeError for what is no image or selection.
         """
-        if not 0 <= index < len(selection.grids):
-            raise ValueError(f"index is {index}: the selection holds {len(selection.grids)} images")
-        image = to_rgb(load_image(image) if isinstance(image, str) else image)
+        # By name: the code of a checkpoint is a copy of this.
+        whole = type(selection).__name__ == "QGSASelection" and set(KEPT_FIELDS) <= set(selection)
+        if not whole:
+            raise TypeError(f"selection is a {type(selection).__name__}: give what `model.select` returns")
+        if not isinstance(index, int) or not 0 <= index < len(selection.grids):
+            raise ValueError(f"index is {index!r}: the selection holds {len(selection.grids)} images")
+        if image is None or isinstance(image, list | tuple):
+            raise TypeError(f"image is a {type(image).__name__}: give the one image of that number")
+        image = to_rgb(load_images(image))
+        check_grid(*selection.grids[index].tolist(), *image.size)
         tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
         colour = np.asarray(image)
         grey = np.asarray(image.convert("L").convert("RGB")) // 2 + 96
@@ -139,59 +161,34 @@ class QGSAProcessor(Idefics3Processor):
         return drawn
 
 
-def load_images(images):
-    """Load what is given by path or URL, in lists of any depth, and check every image; None stays None."""
-    if isinstance(images, list | tuple):
-        return [load_images(image) for image in images]
-    images = load_image(images) if isinstance(images, str) else images
-    if images is not None:
-        check_image(images)
-    return images
-
-
-def has_images(images) -> bool:
-    """Whether there is an image at any depth."""
-    return any(map(has_images, images)) if isinstance(images, list | tuple) else images is not None
-
-
-def to_rgb(image) -> Image.Image:
-    """A PIL image, or an array or tensor of `(height, width, 3)` or `(3, height, width)`, as a PIL image in RGB.
-
-    What is transparent becomes white, as in the stock image processor.
-    """
-    image = to_pil_image(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
-    return image.convert("RGB")
-
-
-def images_of_samples(images, counts: list[int]) -> list[list]:
-    """The images of each sample, of which the prompts name `counts`. Raises ValueError where the numbers differ."""
-    images = images if isinstance(images, list | tuple) else [images]
-    if not any(isinstance(image, list | tuple) for image in images):
-        if sum(counts) != len(images):
-            raise ValueError(f"the prompts name {sum(counts)} images, and {len(images)} are given")
-        images = iter(images)
-        return [[next(images) for _ in range(count)] for count in counts]
-    given = [len(sample) for sample in images]
-    if given != counts:
-        raise ValueError(f"the prompts name {counts} images, and {given} are given")
-    return [list(sample) for sample in images]
-
-
-def check_image(image):
-    """Raise ValueError, naming both sides, for an image that is too small or too long to be cut into tiles."""
-    if isinstance(image, Image.Image):
-        width, height = image.size
-    else:
-        shape = np.shape(image)
-        height, width = shape[:2] if len(shape) == 2 or shape[-1] in (1, 3, 4) else shape[-2:]
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+def check_grid(rows: int, columns: int, width: int, height: int):
+    """Raise ValueError where an image of these sides would not be cut into such a grid, give or take a tile."""
+    tall = height / width
+    apart = rows - columns * tall if rows <= columns else columns - rows / tall
+    if rows and abs(apart) >= 2:
         raise ValueError(
-            f"image of {width} x {height} px: each side has to be at least {MIN_SIDE} px, and the longer at most "
-            f"{MAX_ASPECT} times the shorter"
+            f"the selection is of an image of {rows} x {columns} tiles, this one has {width} x {height} px: is it "
+            "another one?"
         )
+
+
+def check_edges(options: dict):
+    """Raise ValueError unless each size among the options of the image processor names a longest edge in px."""
+    for name in ("size", "max_image_size"):
+        size = options.get(name)
+        edge = size.get("longest_edge") if isinstance(size, dict) else size
+        if size is not None and (not isinstance(size, dict) or not isinstance(edge, int) or edge < 1):
+            raise ValueError(f'{name} is {size!r}: it has to be {{"longest_edge": px}}')
+
+
+def check_text(text) -> list[str]:
+    """The prompts as a list. Raises TypeError for what is no text, and ValueError where there is none."""
+    prompts = [text] if isinstance(text, str) else text
+    if not isinstance(prompts, list | tuple | np.ndarray) or not all(isinstance(each, str) for each in prompts):
+        raise TypeError(f"text is a {type(text).__name__}: it has to be a string or a list of strings")
+    if not len(prompts):
+        raise ValueError("text is an empty list: there is no prompt")
+    return list(prompts)
 
 
 def kept_maps(selection: QGSASelection, index: int, tokens_per_tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 import torch
 
 from .configuration_qgsa import Budget
+from .prompt_qgsa import Prompt
 from .selection_qgsa import (
-    Prompt,
     SelectedInputs,
     describe_selection,
     gated_attention_mask,

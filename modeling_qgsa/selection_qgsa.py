@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .prompt_qgsa import check_shape
+
 
 @dataclass
 class QGSASelection(ModelOutput):
@@ -37,26 +39,6 @@ class QGSASelection(ModelOutput):
     grids: torch.LongTensor | None = None
     image_sample: torch.LongTensor | None = None
     keep_indices: torch.LongTensor | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The text side of a batch, every field `(B, L)`; `Prompt.of` fills in what a caller left out."""
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.Tensor
-    position_ids: torch.LongTensor
-    labels: torch.LongTensor
-
-    @classmethod
-    def of(cls, input_ids, attention_mask=None, position_ids=None, labels=None) -> "Prompt":
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        if labels is None:
-            labels = torch.full_like(input_ids, -100)
-        return cls(input_ids, attention_mask, position_ids.expand_as(input_ids), labels)
 
 
 @dataclass(frozen=True)
@@ -160,6 +142,12 @@ def read_layout(
         )
 
     marker = input_ids[tile_sample, tile_start - 1]
+    before = input_ids[tile_sample, tile_start - 2]
+    for broken in (before != before[:1]).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"sample {tile_sample[broken]}: token {before[broken]} stands two before the tile at position "
+            f"{tile_start[broken]}, where <fake_token_around_image> is expected"
+        )
     is_global = marker == global_image_token_id
     matches = marker[:, None] == torch.tensor(tile_token_ids, device=input_ids.device)
     for broken in (~(is_global | matches.any(1))).nonzero()[:1, 0].tolist():
@@ -196,6 +184,7 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
             raise ValueError(f"sample {tile_sample[tile]}: its last image has no global view after its tiles")
     images = int(is_global.sum())
     grids = tile_row.new_zeros(images, 2)
+    count = len(tile_row)
     for axis, index in enumerate((tile_row, tile_column)):
         grids[:, axis].scatter_reduce_(0, tile_image, index + 1, "amax")
     counts = torch.bincount(tile_image, minlength=images) - 1
@@ -204,6 +193,13 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
         raise ValueError(
             f"image {image} has {counts[image]} tiles where its grid of {rows} x {columns} needs {rows * columns}: "
             "is a global view missing?"
+        )
+    first = torch.searchsorted(tile_image, tile_image)
+    slot = torch.arange(count, device=first.device) - first
+    for tile in ((tile_row * grids[tile_image, 1] + tile_column != slot) & ~is_global).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"sample {tile_sample[tile]}: tile {int(slot[tile])} of its image is marked as row {tile_row[tile] + 1}, "
+            f"column {tile_column[tile] + 1}: tiles stand row by row"
         )
     return grids
 
@@ -216,22 +212,6 @@ def _tiles_of_positions(shape, tile_sample, tile_start, is_global, tokens_per_ti
     for tile, (sample, start, end) in enumerate(zip(tile_sample.tolist(), tile_start.tolist(), ends.tolist())):
         tile_of_position[sample, start - 2 : end] = tile
     return tile_of_position
-
-
-def find_question(
-    input_ids: torch.LongTensor, readable: torch.BoolTensor, end_of_utterance_token_id: int
-) -> torch.BoolTensor:
-    """The question: the readable tokens of the last turn that is closed by `<end_of_utterance>`, `(B, L)` bool.
-
-    Args:
-        input_ids: `(B, L)` int64.
-        readable: `(B, L)` bool, False for padding, image blocks and labelled positions.
-        end_of_utterance_token_id: without this token among them, all readable tokens are the question.
-    """
-    ends = (input_ids == end_of_utterance_token_id) & readable
-    turn = ends.cumsum(1) - ends.long()
-    last = (ends.sum(1, keepdim=True) - 1).clamp(min=0)
-    return readable & ~ends & (turn == last)
 
 
 def tile_relevance(relevance: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
@@ -408,6 +388,7 @@ def splice(
 
 def scores_of_tiles(scores: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
     """Scores of all visual tokens, `(B, N)` in prompt order, by tile: `(T, P)`. Raises ValueError on a wrong size."""
+    check_shape("visual_token_scores", scores, (None, None))
     samples, per_tile = layout.tile_of_position.shape[0], layout.tokens_per_tile
     most = int(torch.bincount(layout.tile_sample, minlength=samples).max()) * per_tile
     if scores.dim() != 2 or tuple(scores.shape) != (samples, most):

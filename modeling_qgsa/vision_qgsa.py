@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .generations_qgsa import AS_OUTPUT, tile_features
+from .prompt_qgsa import check_shape
 from .selection_qgsa import VisualLayout
 
 
@@ -109,12 +110,21 @@ class Views:
         return tuple(hashlib.sha256(part.view(torch.uint8).numpy()).hexdigest() for part in parts)
 
 
-def check_views(views: Views, layout: VisualLayout):
+def check_views(views: Views, layout: VisualLayout, side: int):
     """Raise ValueError unless the views are exactly the tiles of the layout, with finite pixels.
 
-    Tiles that are zero throughout are padding, as in the stock model.
+    Tiles that are zero throughout are padding, as in the stock model. `side` is that of a tile, in px. Raises
+    TypeError for what is of another type.
     """
+    for name, given, kind in (
+        ("visual_cache", views.cache, "VisualCache"),
+        ("lazy_tiles", views.lazy_tiles, "LazyTiles"),
+    ):
+        kinds = [each.__name__ for each in type(given).__mro__]  # by name: code of a checkpoint is a copy of this
+        if given is not None and kind not in kinds:
+            raise TypeError(f"{name} is a {kinds[0]}: it has to be a {kind}")
     if views.features is not None:
+        check_shape("image_hidden_states", views.features, (None, None, None), floating=True)
         if views.features.shape[:2] != (len(layout.tile_row), layout.tokens_per_tile):
             raise ValueError(
                 f"image_hidden_states has shape {tuple(views.features.shape)}: the prompts have placeholders for "
@@ -122,8 +132,7 @@ def check_views(views: Views, layout: VisualLayout):
             )
         return
     pixel_values, samples = views.pixel_values, layout.tile_of_position.shape[0]
-    if pixel_values.dim() != 5 or len(pixel_values) != samples:
-        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: expected {samples} x tiles x 3 x H x W")
+    check_shape("pixel_values", pixel_values, (samples, None, 3, side, side), floating=True)
     size = pixel_values.abs().flatten(2).sum(-1, dtype=torch.float32)
     for sample in (~size.isfinite().all(1)).nonzero()[:1, 0].tolist():
         raise ValueError(f"sample {sample}: pixel_values holds NaN or infinite values")
@@ -135,6 +144,9 @@ def check_views(views: Views, layout: VisualLayout):
             f"{int((size[sample] != 0).sum())}"
         )
     if views.lazy_tiles is None:
+        if views.pixel_attention_mask is not None:
+            shape = (samples, pixel_values.shape[1], side, side)
+            check_shape("pixel_attention_mask", views.pixel_attention_mask, shape)
         return
     wanted = torch.bincount(layout.tile_sample, minlength=samples).tolist()
     if len(views.lazy_tiles.counts) != samples:

@@ -5,7 +5,7 @@ import torch
 from transformers import Idefics3Config
 
 from modeling_qgsa.conversion_qgsa import config_of_dense
-from modeling_qgsa.selection_qgsa import Prompt
+from modeling_qgsa.prompt_qgsa import Prompt
 from modeling_qgsa.vision_qgsa import Views
 from training.flops import (
     answer_table,

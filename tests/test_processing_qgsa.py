@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from modeling_qgsa import QGSAProcessor
-from modeling_qgsa.processing_qgsa import ENCODED, KEPT, check_image, kept_maps, scale_to
+from modeling_qgsa.images_qgsa import check_size
+from modeling_qgsa.processing_qgsa import ENCODED, KEPT, kept_maps, scale_to
 from training.data.collator import QuestionCollator
 
 
@@ -122,7 +123,7 @@ def test_images_given_by_path_are_loaded_and_checked(processor, make_image, tmp_
 @pytest.mark.parametrize("size", [(4, 4), (800, 4), (2000, 10)])
 def test_images_at_the_limit_are_answered(model, processor, size):
     image = Image.new("RGB", size, (200, 30, 90))
-    check_image(image)
+    check_size(*size)
     inputs = processor(text="<image>what is it?", images=image, return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
 

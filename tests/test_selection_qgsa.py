@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_qgsa.prompt_qgsa import find_question
 from modeling_qgsa.selection_qgsa import (
     complexity_at,
-    find_question,
     gated_attention_mask,
     gates_of_positions,
     keep_top_k,

@@ -7,7 +7,8 @@ import torch
 
 import training.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Prompt, positions_to_keep
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import positions_to_keep
 from modeling_qgsa.vision_qgsa import Views
 from training.data.collator import QuestionCollator
 from training.teachers import (

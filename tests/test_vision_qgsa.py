@@ -23,36 +23,36 @@ def layout(model, batch):
 
 def test_check_views(layout, batch):
     pixels = batch["pixel_values"]
-    check_views(Views(pixels), layout)
+    check_views(Views(pixels), layout, 64)
     with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, pixel_values holds 17"):
-        check_views(Views(torch.ones_like(pixels)), layout)
+        check_views(Views(torch.ones_like(pixels)), layout, 64)
     with pytest.raises(ValueError, match="sample 0: the prompt has placeholders for 17 tiles, pixel_values holds 2"):
-        check_views(Views(pixels[:, :2]), layout)
-    with pytest.raises(ValueError, match=r"shape \(1, 17, 3, 64, 64\): expected 3 x tiles"):
-        check_views(Views(pixels[:1]), layout)
+        check_views(Views(pixels[:, :2]), layout, 64)
+    with pytest.raises(ValueError, match=r"shape \(1, 17, 3, 64, 64\): expected 3 x any x 3 x 64 x 64"):
+        check_views(Views(pixels[:1]), layout, 64)
     for bad in (float("nan"), float("inf")):
         broken = pixels.clone()
         broken[1, 0, 0, 3, 3] = bad
         with pytest.raises(ValueError, match="sample 1: pixel_values holds NaN or infinite values"):
-            check_views(Views(broken), layout)
+            check_views(Views(broken), layout, 64)
 
 
 def test_check_views_with_features(layout):
     count = len(layout.tile_row)
-    check_views(Views(None, features=torch.zeros(count, 16, 8)), layout)
+    check_views(Views(None, features=torch.zeros(count, 16, 8)), layout, 64)
     for shape in ((count - 1, 16, 8), (count, 5, 8)):
         with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}, 8\): .* {count} tiles of 16 visual"):
-            check_views(Views(None, features=torch.zeros(shape)), layout)
+            check_views(Views(None, features=torch.zeros(shape)), layout, 64)
 
 
 def test_check_views_with_lazy_tiles(layout, prepare, samples):
     inputs, other = prepare(*samples, lazy_tiles=True), prepare(*samples[:1] * 3, lazy_tiles=True)
-    check_views(Views(inputs["pixel_values"], lazy_tiles=inputs["lazy_tiles"]), layout)
+    check_views(Views(inputs["pixel_values"], lazy_tiles=inputs["lazy_tiles"]), layout, 64)
     with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, lazy_tiles cuts 17"):
-        check_views(Views(inputs["pixel_values"], lazy_tiles=other["lazy_tiles"]), layout)
+        check_views(Views(inputs["pixel_values"], lazy_tiles=other["lazy_tiles"]), layout, 64)
     with pytest.raises(ValueError, match="sample 0: .* 1 global views, pixel_values holds 2"):
         views = inputs["pixel_values"].expand(-1, 2, -1, -1, -1)
-        check_views(Views(views, lazy_tiles=inputs["lazy_tiles"]), layout)
+        check_views(Views(views, lazy_tiles=inputs["lazy_tiles"]), layout, 64)
 
 
 def test_blocks_of_tiles_are_the_patches_in_order():

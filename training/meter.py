@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from modeling_qgsa.tiles_qgsa import LazyTiles
 from training.flops import vision_modules
 
 
@@ -21,15 +22,15 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class TimedTiles:
+class TimedTiles(LazyTiles):
     """Lazy tiles whose cutting is timed: it is processing, though it happens while the model looks."""
 
     def __init__(self, tiles):
-        self.tiles, self.counts, self.seconds = tiles, tiles.counts, 0.0
+        self.image_processor, self.tiles, self.seconds = tiles.image_processor, tiles.tiles, 0.0
 
     def cut(self, samples, ordinals):
         began = time.perf_counter()
-        pixels = self.tiles.cut(samples, ordinals)
+        pixels = super().cut(samples, ordinals)
         self.seconds += time.perf_counter() - began
         return pixels
 

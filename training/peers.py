@@ -8,7 +8,8 @@ What is kept goes to the text model from its first layer on, at the original pos
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_qgsa.selection_qgsa import Prompt, VisualLayout, to_images, to_tiles
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import VisualLayout, to_images, to_tiles
 from training.evaluation import encode_all
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Glance, Prompt, positions_to_keep, splice
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import Glance, positions_to_keep, splice
 
 
 CHUNK = 64  # variants of a prompt scored at once

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import Prompt, splice, tile_relevance
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import splice, tile_relevance
 from training.feature_cache import with_features
 from training.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
 from training.store import TensorStore

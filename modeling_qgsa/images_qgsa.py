@@ -1,0 +1,146 @@
+"""Images as callers give them: loaded, checked, and brought into 8 bits a channel, before any tile is cut."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
+
+
+MIN_SIDE = 4  # px; a smaller image holds nothing to look at
+MAX_ASPECT = 200  # the short side of a longer image is resized to nothing
+MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
+
+
+def load_images(images):
+    """Load what is given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
+
+    Returns PIL images, and arrays of uint8 for what is given as arrays or tensors. Raises TypeError for what is no
+    image, and OSError or ValueError for one that cannot be read, or that `check_size` or `check_depth` refuse.
+    """
+    if isinstance(images, list | tuple):
+        return [load_images(image) for image in images]
+    if images is None:
+        return None
+    if isinstance(images, str):
+        images = read(lambda: open_image(images), repr(images if len(images) < 100 else images[:100] + "..."))
+    if not isinstance(images, Image.Image):
+        return to_uint8(images)
+    check_size(*images.size)
+    read(images.load, images.format or "as given")
+    check_depth(images)
+    return images
+
+
+def open_image(address: str) -> Image.Image:
+    """The image of a path, URL or data URI, upright and in RGB."""
+    if os.path.isfile(address):
+        with Image.open(address) as image:  # its header says how large it is before any pixel is decoded
+            check_size(*image.size)
+            check_depth(image)
+    if address.startswith("data:") and "," not in address:
+        raise ValueError(f"image {address[:100]!r}: a data URI has a comma before its data")
+    return load_image(address)
+
+
+def read(load, name: str):
+    """What `load` returns. Raises ValueError, naming the image, for whatever else PIL and the network raise."""
+    try:
+        return load()
+    except (OSError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot read the image {name}: {type(error).__name__}: {error}") from error
+
+
+def check_size(width: int, height: int):
+    """Raise ValueError, naming both sides, for an image that cannot be cut into tiles, or is too large to be."""
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"image of {width} x {height} px: each side has to be at least {MIN_SIDE} px, and the longer at most "
+            f"{MAX_ASPECT} times the shorter"
+        )
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"image of {width} x {height} px: it has {width * height} pixels, at most {MAX_PIXELS} are read"
+        )
+
+
+def check_depth(image: Image.Image):
+    """Raise ValueError for pixels that 8 bits do not hold: in RGB they would be cut off at 255, or all be 0."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return
+    low, high = image.getextrema()
+    if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
+        raise ValueError(
+            f"image of mode {image.mode} holds {low} to {high}: scale it to 0 to 255, and convert it to L"
+        )
+
+
+def to_uint8(image) -> np.ndarray:
+    """An array or tensor as an array of uint8, `(height, width, channels)` or `(channels, height, width)`.
+
+    Floats up to 1, and bools, are taken for shares of 255, all other numbers for what they are. Raises TypeError for
+    what is neither array nor tensor of numbers, ValueError for another shape and for numbers beyond 0 to 255.
+    """
+    if isinstance(image, torch.Tensor):
+        given, floats = image, torch.float32 if image.is_floating_point() else image.dtype
+        image = read(lambda: given.detach().to("cpu", floats).numpy(), "tensor")
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image is a {type(image).__name__}: give a PIL image, array, tensor, path or URL")
+    if image.dtype.kind not in "biuf":
+        raise TypeError(f"image of {image.dtype}: give uint8, numbers from 0 to 255, or floats from 0 to 1")
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or not {1, 3, 4} & {image.shape[0], image.shape[-1]}:
+        raise ValueError(f"image of shape {image.shape}: it has to have a height, a width, and 1, 3 or 4 channels")
+    height, width = image.shape[:2] if image.shape[-1] in (1, 3, 4) else image.shape[1:]
+    check_size(width, height)
+    if image.dtype == np.uint8:
+        return image
+    low, high = image.min(), image.max()
+    if not (0 <= low and high <= 255):  # so that NaN is refused too
+        raise ValueError(f"image of {image.dtype} holds {low} to {high}: it has to be 0 to 255, or 0 to 1 in floats")
+    shares = image.dtype.kind == "b" or (image.dtype.kind == "f" and high <= 1)
+    return np.round(image.astype(np.float32) * (255 if shares else 1)).astype(np.uint8)
+
+
+def to_rgb(image) -> Image.Image:
+    """A PIL image, or an array of `(height, width, 3)` or `(3, height, width)`, as a PIL image in RGB.
+
+    What is transparent becomes white, as in the stock image processor.
+    """
+    image = to_pil_image(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image)
+    return image.convert("RGB")
+
+
+def has_images(images) -> bool:
+    """Whether there is an image at any depth."""
+    return any(map(has_images, images)) if isinstance(images, list | tuple) else images is not None
+
+
+def images_of_samples(images, counts: list[int]) -> list[list]:
+    """The images of each sample, of which the prompts name `counts`.
+
+    Raises ValueError where the numbers differ, and for lists of mixed depth or with None among the images.
+    """
+    images = images if isinstance(images, list | tuple) else [images]
+    nested = [isinstance(sample, list | tuple) for sample in images]
+    flat = [image for sample in images for image in sample] if all(nested) else images
+    if any(image is None or isinstance(image, list | tuple) for image in flat):
+        raise ValueError(
+            "images are one image, a list of images, or a list of lists, one for each prompt, without None"
+        )
+    if not all(nested):
+        if sum(counts) != len(images):
+            raise ValueError(f"the prompts name {sum(counts)} images, and {len(images)} are given")
+        images = iter(images)
+        return [[next(images) for _ in range(count)] for count in counts]
+    given = [len(sample) for sample in images]
+    if given != counts:
+        raise ValueError(f"the prompts name {counts} images, and {given} are given")
+    return [list(sample) for sample in images]
