@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_qgsa.tiles_qgsa import LazyTiles
 from training.benchmark import SYSTEMS, BenchmarkArguments, Runner, build_models, files_of, pick_images
 from training.meter import PARTS, peak_memory, time_answer
 from training.speed_report import add_speedups, format_headline, format_speed
@@ -92,15 +93,15 @@ def test_parts_sum_to_the_total(model, prepare, samples):
     assert not model.lm_head._forward_hooks
 
 
-def test_cutting_tiles_is_processing(model, prepare, samples):
+def test_cutting_tiles_is_processing(model, prepare, samples, monkeypatch):
     inputs = prepare(samples[0], lazy_tiles=True)
-    cut = inputs["lazy_tiles"].cut
+    cut = LazyTiles.cut
 
     def slowly(*args):
         time.sleep(0.5)
         return cut(*args)
 
-    inputs["lazy_tiles"].cut = slowly
+    monkeypatch.setattr(LazyTiles, "cut", slowly)
     options = {"min_tiles": 1, "max_tiles": 1, "max_new_tokens": 2}
     seconds, _ = time_answer(model, lambda: inputs, lambda given: model.generate(**given, **options))
     assert seconds["processing"] > 0.5 and seconds["prefill"] < 0.5
