@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: .venv/installed  ## set up .venv with the tested versions (about 5 GB, two minutes)
+install: .venv/installed  ## set up .venv with the tested versions (about 6 GB, two minutes)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

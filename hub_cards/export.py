@@ -206,12 +206,18 @@ def name_rope_for_older_readers(folder: Path):
 
 
 def add_evidence(run: ExportArguments, folder: Path):
-    """Put the results and figures that the card speaks of beside it; those of a dense checkpoint are none of ours."""
+    """Put the results and figures that the card speaks of beside it; those of a dense checkpoint are none of ours.
+
+    Without figures of its own it gets that of the tiny stand-in, to show how selection works.
+    """
     own = Path(run.base_model)
     if run.results or (has_selector(run.base_model) and (own / "results.json").exists()):
         shutil.copyfile(run.results or own / "results.json", folder / "results.json")
     if has_selector(run.base_model) and (own / "figures").is_dir():
         shutil.copytree(own / "figures", folder / "figures")
+    else:
+        (folder / "figures").mkdir()
+        shutil.copyfile(RESULTS / "cards_selections.png", folder / "figures" / "selections.png")
 
 
 def describe(run: ExportArguments, model, made_from: str, folder: Path) -> CardContent:
@@ -232,7 +238,7 @@ def describe(run: ExportArguments, model, made_from: str, folder: Path) -> CardC
         accuracy=read_json(results) if results.exists() else None,
         speed=read_json(RESULTS / f"speed_{size}_cpu.json") if size else None,
         flops=read_json(RESULTS / "flops.json")["answers"][f"smolvlm-{size}-instruct"] if size else None,
-        picture="figures/selections.png" if (folder / "figures" / "selections.png").exists() else None,
+        picture="figures/selections.png",
     )
 
 

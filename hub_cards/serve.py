@@ -361,6 +361,14 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
     return app
 
 
+def main():
+    try:
+        (run,) = HfArgumentParser(ServeArguments, description=__doc__).parse_args_into_dataclasses()
+        app = make_app(*load(run.model, run.device), run)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    uvicorn.run(app, host=run.host, port=run.port)
+
+
 if __name__ == "__main__":
-    run = HfArgumentParser(ServeArguments, description=__doc__).parse_args_into_dataclasses()[0]
-    uvicorn.run(make_app(*load(run.model, run.device), run), host=run.host, port=run.port)
+    main()

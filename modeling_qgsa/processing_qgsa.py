@@ -25,8 +25,9 @@ class QGSAProcessor(Idefics3Processor):
     With `lazy_tiles=True` only the global views become pixels at once; the inputs then carry `lazy_tiles`, from which
     the model cuts the tiles that it looks at, and no others.
 
-    Raises ValueError for an image with a side below 4 px or sides further apart than 1 : 200, and for an image whose
-    question has no word.
+    Raises ValueError for an image with a side below 4 px, sides further apart than 1 : 200, over 89 million pixels, or
+    more than 8 bits a channel; for other numbers of images than the prompts name, and an image whose question has no
+    word. Raises OSError for a file that cannot be read.
     """
 
     _auto_class = "AutoProcessor"

@@ -58,7 +58,7 @@ def test_the_folder_holds_all_that_the_hub_needs(folders):
     names = {path.name for path in (folders / "qgsa").iterdir()}
     code = {path.name for path in (ROOT / "modeling_qgsa").glob("*_qgsa.py")}
     wanted = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "results.json"}
-    assert names == {*code, *wanted, *TOKENIZER, "README.md", "LICENSE"}
+    assert names == {*code, *wanted, *TOKENIZER, "README.md", "LICENSE", "figures"}
     for path in (folders / "qgsa").glob("*_qgsa.py"):
         assert path.read_text() == (ROOT / "modeling_qgsa" / path.name).read_text()
 

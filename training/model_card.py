@@ -196,6 +196,7 @@ def committed_cards() -> dict[Path, CardContent]:
             base_model=base,
             budgets=budgets_in_words(QGSAConfig()),
             command=f"python training/run_qgsa.py --preset vqa_rad_{size}",
+            picture="results/cards_selections.png",
             speed=results[f"speed_{size}_cpu"],
             flops=results["flops"]["answers"][f"smolvlm-{size}-instruct"],
         )
