@@ -115,7 +115,7 @@ def export(run: ExportArguments):
             to_plain(model, run.format).save_pretrained(staged)
         copy_processor(files, staged, run.format)
         write_generation_config(files, staged, model)
-        name_rope_for_older_readers(staged)
+        name_for_other_readers(staged)
         shutil.copyfile(HERE.parent / "LICENSE", staged / "LICENSE")
         if output.exists():
             output.rmdir()
@@ -195,13 +195,17 @@ def write_generation_config(files: Path, folder: Path, model):
     write_json(folder / "generation_config.json", config | {"eos_token_id": model.config.end_of_utterance_token_id})
 
 
-def name_rope_for_older_readers(folder: Path):
-    """Name the base of the rotary positions as transformers 4 and others read it, beside `rope_parameters`."""
+def name_for_other_readers(folder: Path):
+    """Name what others than transformers 5 look for: the base of the rotary positions, and what the text model is."""
     config = json.loads((folder / "config.json").read_text())
     rope = config["text_config"]["rope_parameters"]
     if rope["rope_type"] != "default":
         raise ValueError(f"rope_type is {rope['rope_type']!r}: only default can be written for older readers")
-    config["text_config"] |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    config["text_config"] |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None,
+        "architectures": ["LlamaForCausalLM"],  # llama.cpp converts it on its own
+    }
     write_json(folder / "config.json", config)
 
 

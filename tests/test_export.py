@@ -86,10 +86,11 @@ def test_the_way_back_has_the_logits_of_dense(name, folders, tiny, question):
         assert torch.equal(model(**stock).logits, tiny(**question, selection="dense").logits)
 
 
-def test_readers_of_the_older_config_find_the_rotary_base(folders):
+def test_other_readers_find_the_rotary_base_and_what_the_text_model_is(folders):
     for name in ("qgsa", "idefics3"):
         text = json.loads((folders / name / "config.json").read_text())["text_config"]
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] and text["rope_scaling"] is None
+        assert text["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_dense_checkpoint_gets_a_fresh_selector_and_a_card_that_says_so(folders):
