@@ -169,7 +169,6 @@ def to_plain(model: QGSASmolVLMForConditionalGeneration, architecture: str):
     )
     plain = model_class._from_config(config, dtype=model.dtype)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(OWN)})
-    plain.generation_config = model.generation_config
     return plain
 
 

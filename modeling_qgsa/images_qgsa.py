@@ -14,20 +14,21 @@ MAX_ASPECT = 200  # the short side of a longer image is resized to nothing
 MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
 
 
-def load_images(images):
+def load_images(images, rescale: bool = True):
     """Load what is given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
 
-    Returns PIL images, and arrays of uint8 for what is given as arrays or tensors. Raises TypeError for what is no
+    Returns PIL images, and arrays of uint8 for arrays and tensors without alpha channel; floats as they are, where the
+    image processor is not to `rescale` from 0 .. 255. Raises TypeError for what is no
     image, and OSError or ValueError for one that cannot be read, or that `check_size` or `check_depth` refuse.
     """
     if isinstance(images, list | tuple):
-        return [load_images(image) for image in images]
+        return [load_images(image, rescale) for image in images]
     if images is None:
         return None
     if isinstance(images, str):
         images = read(lambda: open_image(images), repr(images if len(images) < 100 else images[:100] + "..."))
     if not isinstance(images, Image.Image):
-        return to_uint8(images)
+        return without_alpha(to_uint8(images, rescale))
     check_size(*images.size)
     read(images.load, images.format or "as given")
     check_depth(images)
@@ -79,10 +80,11 @@ def check_depth(image: Image.Image):
         )
 
 
-def to_uint8(image) -> np.ndarray:
+def to_uint8(image, rescale: bool = True) -> np.ndarray:
     """An array or tensor as an array of uint8, `(height, width, channels)` or `(channels, height, width)`.
 
-    Floats up to 1, and bools, are taken for shares of 255, all other numbers for what they are. Raises TypeError for
+    Floats up to 1, and bools, are taken for shares of 255, all other numbers for what they are; floats stay as they
+    are without `rescale`. Raises TypeError for
     what is neither array nor tensor of numbers, ValueError for another shape and for numbers beyond 0 to 255.
     """
     if isinstance(image, torch.Tensor):
@@ -97,13 +99,21 @@ def to_uint8(image) -> np.ndarray:
         raise ValueError(f"image of shape {image.shape}: it has to have a height, a width, and 1, 3 or 4 channels")
     height, width = image.shape[:2] if image.shape[-1] in (1, 3, 4) else image.shape[1:]
     check_size(width, height)
-    if image.dtype == np.uint8:
-        return image
+    if image.dtype == np.uint8 or (image.dtype.kind == "f" and not rescale and np.isfinite(image).all()):
+        return np.ascontiguousarray(image)
     low, high = image.min(), image.max()
     if not (0 <= low and high <= 255):  # so that NaN is refused too
         raise ValueError(f"image of {image.dtype} holds {low} to {high}: it has to be 0 to 255, or 0 to 1 in floats")
     shares = image.dtype.kind == "b" or (image.dtype.kind == "f" and high <= 1)
     return np.round(image.astype(np.float32) * (255 if shares else 1)).astype(np.uint8)
+
+
+def without_alpha(image: np.ndarray):
+    """An array of uint8 with four channels as a PIL image in RGB; any other as it is."""
+    last = image.shape[-1] in (1, 3, 4)
+    if image.dtype != np.uint8 or image.shape[-1 if last else 0] != 4:
+        return image
+    return to_rgb(Image.fromarray(np.ascontiguousarray(image if last else image.transpose(1, 2, 0))))
 
 
 def to_rgb(image) -> Image.Image:

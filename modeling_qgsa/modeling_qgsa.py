@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_qgsa import Budget, QGSAConfig, pop_budget
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .generations_qgsa import AdvancingPositions, mend_patch_positions
-from .prompt_qgsa import Prompt, read_question, refuse_placeholders
+from .prompt_qgsa import Prompt, read_question, refuse_decoding, refuse_placeholders
 from .relaxation_qgsa import RelaxedPrefill
 from .selection_qgsa import (
     Glance,
@@ -98,7 +98,7 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
     def glance_and_point(self, prompt: Prompt, views: Views, question_mask=None) -> Glance:
         """Steps 1 to 3: read the layout, encode the global views, ask the selector."""
         config = self.config
-        prompt.check(config.text_config.vocab_size, config.text_config.max_position_embeddings)
+        prompt.check(config.text_config.vocab_size)
         layout = read_layout(
             prompt.input_ids,
             config.tokens_per_tile,
@@ -112,7 +112,7 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         relevance, question_state = self.selector(question, question_mask, glance)
         levels = self.complexity_estimator(question, question_mask, glance)
-        if not relevance.isfinite().all():
+        if not self.training and not relevance.isfinite().all():  # in training the loss scaler skips such a step
             raise ValueError("relevance holds NaN or infinite values: so do weights, or features of the glance")
         complexity = complexity_at(levels.detach(), config.complexity_quantile)
         return Glance(layout, glance, relevance, question_state, question_mask, levels, complexity)
@@ -458,7 +458,7 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
         views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
         if budget.selection == "dense":
             views.refuse_dense()
-        elif views.are_none and kwargs.get("past_key_values") is None:
+        elif views.are_none and kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None:
             refuse_placeholders(input_ids, self.config.image_token_id)
         if views.are_none or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
             given = {
@@ -468,6 +468,7 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
             }
             given = {name: value for name, value in given.items() if value is not None}
             return super().generate(input_ids, attention_mask=attention_mask, selection="dense", **given, **kwargs)
+        refuse_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
         selected = self.model.select_inputs(
             budget,
             Prompt.of(input_ids, attention_mask, position_ids),

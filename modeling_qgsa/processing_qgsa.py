@@ -33,8 +33,10 @@ class QGSAProcessor(Idefics3Processor):
     _auto_class = "AutoProcessor"
 
     def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
-        images = load_images(images)
-        check_edges({**kwargs, **(kwargs.get("images_kwargs") or {})})
+        options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+        check_edges(options)
+        rescale = options.get("do_rescale")
+        images = load_images(images, self.image_processor.do_rescale if rescale is None else rescale)
         if text is not None:
             text = check_text(text)
             images = images if has_images(images) else None
@@ -64,7 +66,8 @@ class QGSAProcessor(Idefics3Processor):
             raise
 
     def prepare_lazily(self, images, text, images_kwargs=None, text_kwargs=None, **kwargs) -> BatchFeature:
-        """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand.
+        """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand; of
+        the images of each sample, and as many prompts.
 
         Pixels are those of the image processor's PIL backend, whatever backend it has. Of the image processor's
         options `size` and `do_image_splitting` are followed; all that it does not know is for the tokenizer.
@@ -80,13 +83,13 @@ class QGSAProcessor(Idefics3Processor):
         split = own.do_image_splitting if split is None else split
         if images_kwargs:
             raise ValueError(f"lazy_tiles follows size and do_image_splitting, not {', '.join(images_kwargs)}")
-        text = [text] if isinstance(text, str) else list(text)
+        text = list(text)
         samples = [
             [
                 LazyImage(to_rgb(image), longest_edge, own.max_image_size["longest_edge"], split, own.resample)
                 for image in sample
             ]
-            for sample in images_of_samples(images, [prompt.count(self.image_token) for prompt in text])
+            for sample in images
         ]
         for number, sample in enumerate(samples):
             between = text[number].split(self.image_token)

@@ -52,17 +52,13 @@ class Prompt:
         check_shape("labels", labels, input_ids.shape, floating=False)
         return cls(input_ids, attention_mask, position_ids.expand_as(input_ids), labels)
 
-    def check(self, vocabulary: int, positions: int):
-        """Raise ValueError for what a text model of so many words and positions cannot read, naming both numbers."""
+    def check(self, vocabulary: int):
+        """Raise ValueError for what a text model of so many words cannot read, naming both numbers."""
         of_labels = self.labels.masked_fill(self.labels == -100, 0)
-        for name, numbers, limit in (
-            ("input_ids", self.input_ids, vocabulary),
-            ("labels", of_labels, vocabulary),
-            ("position_ids", self.position_ids, positions),
-        ):
-            low, high = torch.stack(numbers.aminmax()).tolist()
-            if low < 0 or high >= limit:
-                raise ValueError(f"{name} goes from {low} to {high}: the text model knows 0 to {limit - 1}")
+        for name, ids in (("input_ids", self.input_ids), ("labels", of_labels)):
+            low, high = torch.stack(ids.aminmax()).tolist()
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"{name} goes from {low} to {high}: the text model knows 0 to {vocabulary - 1}")
 
 
 def find_question(
@@ -108,6 +104,15 @@ def read_question(prompt: Prompt, layout, end_of_utterance_token_id: int, questi
             f"{int((prompt.labels[sample] != -100).sum())} are labelled, and 0 are text of the question"
         )
     return question_mask
+
+
+def refuse_decoding(options: dict, generation_config):
+    """Raise ValueError for ways to decode that read the prompt anew, of which only a part is left."""
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if options.get(name) is not None or (generation_config.to_dict().get(name) is not None):
+            raise ValueError(
+                f'{name} reads the whole prompt, of which a selection leaves a part: use selection="dense"'
+            )
 
 
 def refuse_placeholders(input_ids: torch.LongTensor | None, image_token_id: int):

@@ -142,18 +142,18 @@ def read_layout(
         )
 
     marker = input_ids[tile_sample, tile_start - 1]
-    before = input_ids[tile_sample, tile_start - 2]
-    for broken in (before != before[:1]).nonzero()[:1, 0].tolist():
-        raise ValueError(
-            f"sample {tile_sample[broken]}: token {before[broken]} stands two before the tile at position "
-            f"{tile_start[broken]}, where <fake_token_around_image> is expected"
-        )
     is_global = marker == global_image_token_id
     matches = marker[:, None] == torch.tensor(tile_token_ids, device=input_ids.device)
     for broken in (~(is_global | matches.any(1))).nonzero()[:1, 0].tolist():
         raise ValueError(
             f"sample {tile_sample[broken]}: token {marker[broken]} before the tile at position {tile_start[broken]} "
             "is neither the global view's marker nor one of the 36 of the rows and columns"
+        )
+    before = input_ids[tile_sample, tile_start - 2]
+    for broken in (before != before[:1]).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"sample {tile_sample[broken]}: token {before[broken]} stands two before the tile at position "
+            f"{tile_start[broken]}, where <fake_token_around_image> is expected"
         )
     number = matches.int().argmax(1)
     tile_row = torch.where(is_global, -1, number // 6)

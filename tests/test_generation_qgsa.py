@@ -219,3 +219,28 @@ def test_scores_and_sequences_come_as_a_dictionary_on_request(model, batch, answ
 def test_a_model_in_training_generates_with_the_hard_selection(make_model, batch, answers):
     model = make_model().train()
     assert torch.equal(model.generate(**batch, max_new_tokens=NEW), answers)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}])
+def test_ways_to_decode_that_read_the_whole_prompt_are_refused(options, model, single):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} reads the whole prompt"):
+        model.generate(**single, max_new_tokens=3, **options)
+    config = GenerationConfig(**options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} reads the whole prompt"):
+        model.generate(**single, max_new_tokens=3, generation_config=config)
+
+
+def test_embeddings_beside_their_ids_are_answered(model, single):
+    embeds = model.get_input_embeddings()(single["input_ids"])
+    given = {"input_ids": single["input_ids"], "attention_mask": single["attention_mask"]}
+    ids = model.generate(**given, inputs_embeds=embeds, max_new_tokens=3)
+    assert torch.equal(ids[:, :-3], single["input_ids"])
+    with pytest.raises(ValueError, match="272 image placeholders, and there are no pixel_values"):
+        model.generate(**given, max_new_tokens=3)
+
+
+def test_prompts_beyond_the_positions_of_the_config_are_answered(model, prepare, make_image):
+    """They are rotated: there is no table that ends. 4 images make more than the 1024 of the config."""
+    inputs = prepare(("how many cards are there?", [make_image(seed) for seed in range(4)]))
+    assert inputs["input_ids"].shape[1] > model.config.text_config.max_position_embeddings
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2

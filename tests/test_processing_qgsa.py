@@ -224,3 +224,22 @@ def test_images_with_less_pixels_than_cells_are_drawn(width, height, processor, 
 def test_scale_to_repeats_cells():
     cells = np.array([[True, False]])
     assert scale_to(cells, (4, 2)).tolist() == [[True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize("options", [{"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}])
+@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor])
+def test_floats_that_are_not_to_be_rescaled_are_the_stock_processors(options, make, processor, make_image):
+    image = make(np.asarray(make_image(), dtype=np.float32) / 255)
+    given = {"images": [[image]], "text": "<image>what is it?", "return_tensors": "pt", **options}
+    stock = super(QGSAProcessor, processor).__call__(**given)
+    assert torch.equal(processor(**given)["pixel_values"], stock["pixel_values"])
+    assert stock["pixel_values"].abs().max() <= 1
+
+
+def test_arrays_with_an_alpha_channel_are_as_the_picture(processor, make_image):
+    image = make_image().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    text = {"text": "<image>what is it?", "return_tensors": "pt"}
+    expected = processor(images=image, **text)["pixel_values"]
+    for array in (np.asarray(image), np.asarray(image).transpose(2, 0, 1)):
+        assert torch.equal(processor(images=array, **text)["pixel_values"], expected)
