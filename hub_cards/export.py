@@ -38,7 +38,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import AUTO_MAP  # noqa: E402
 from modeling_qgsa.conversion_qgsa import OWN  # noqa: E402
-from training.model_card import CardContent, budgets_in_words, write_card  # noqa: E402
+from training.model_card import CardContent, budgets_in_words, selector_share, write_card  # noqa: E402
 
 
 PLAIN = {
@@ -56,6 +56,20 @@ VERBATIM = (
     "tokenizer_config.json",
     "vocab.json",
 )
+PLAIN_CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- smolvlm
+---
+
+# {repo_id}
+
+The weights of a QGSA-SmolVLM without its selector: a plain SmolVLM, which encodes every tile and keeps every visual
+token, for whatever does not know QGSA. Load it with `AutoModelForImageTextToText.from_pretrained("{repo_id}")`.
+Nothing was measured of it apart from QGSA's own `selection="dense"`, whose logits it has.
+"""
 SIZES = {576: "256m", 960: "500m"}  # by the width of the text model
 RESULTS = HERE / "results"
 CODE = HERE.parent / "modeling_qgsa"
@@ -113,6 +127,7 @@ def export(run: ExportArguments):
             write_card(staged, describe(run, model, made_from, staged))
         else:
             to_plain(model, run.format).save_pretrained(staged)
+            (staged / "README.md").write_text(PLAIN_CARD.format(repo_id=run.repo_id or run.output))
         copy_processor(files, staged, run.format)
         write_generation_config(files, staged, model)
         name_for_other_readers(staged)
@@ -226,17 +241,18 @@ def add_evidence(run: ExportArguments, folder: Path):
 def describe(run: ExportArguments, model, made_from: str, folder: Path) -> CardContent:
     """What the card of the exported `folder` is made of."""
     size = SIZES.get(model.config.text_config.hidden_size)
-    base = made_from
-    if Path(made_from).exists():
-        base = f"HuggingFaceTB/SmolVLM-{size.upper()}-Instruct" if size else None
+    base = None if Path(made_from).exists() else made_from
+    made_from = base or f"{'random weights of ' * run.random_weights}{Path(made_from).name}"
     results = folder / "results.json"
     return CardContent(
         name=Path(run.output).name,
         repo_id=run.repo_id or run.output,
-        made_from=base or Path(made_from).name,
+        made_from=made_from,
         base_model=base,
         budgets=budgets_in_words(model.config),
         command="python training/run_qgsa.py --preset " + (f"vqa_rad_{size}" if size else "demo"),
+        selector_cost=selector_share(model.config),
+        trained=has_selector(run.base_model),
         parameters=None if size else model.num_parameters(),
         accuracy=read_json(results) if results.exists() else None,
         speed=read_json(RESULTS / f"speed_{size}_cpu.json") if size else None,

@@ -13,14 +13,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 from transformers import HfArgumentParser
 
 
 CARD = "README.md"
+# What an earlier push may have left, and would be loaded in the place of what is uploaded, or beside it.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "adapter_*"]
+TEMPORARY = (httpx.TransportError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
@@ -30,7 +34,7 @@ class PushArguments:
 
     folder: str = field(metadata={"help": "Folder to upload, with config, weights, processor and card."})
     repo_id: str = field(metadata={"help": "Repository of the Hub: org/name. It is made if it is not there."})
-    tag: str | None = field(default=None, metadata={"help": "Tag for what was uploaded, such as v0.1.0."})
+    tag: str | None = field(default=None, metadata={"help": "New tag for what was uploaded, such as v0.1.0."})
     private: bool = field(default=False, metadata={"help": "Make a new repository a private one."})
     dry_run: bool = field(default=False, metadata={"help": "Say what would be done, and write nothing."})
     force: bool = field(default=False, metadata={"help": "Overwrite a model of another type too."})
@@ -41,50 +45,48 @@ def main():
     (run,) = HfArgumentParser(PushArguments, description=__doc__).parse_args_into_dataclasses()
     try:
         push(run)
-    except (OSError, ValueError, HfHubHTTPError, httpx.TransportError) as error:
+    except (OSError, ValueError, httpx.TransportError) as error:
         sys.exit(f"error: {error}")
 
 
 def push(run: PushArguments, api: HfApi | None = None):
     """Publish `run.folder`. Raises ValueError, before anything is written, for a folder or repository it must not."""
     api, folder = api or HfApi(), Path(run.folder)
-    files, ours = check_folder(folder)
+    files, ours = check_folder(folder, run.repo_id)
     theirs = model_type_of(api, run)
     if theirs not in (None, "", ours) and not run.force:
         raise ValueError(
             f"repo_id {run.repo_id} holds a {theirs!r} model, {folder} a {ours!r} one: --force overwrites it"
         )
+    if run.tag and theirs is not None:
+        for tag in attempt(run, lambda: api.list_repo_refs(run.repo_id)).tags:
+            if tag.name == run.tag:
+                raise ValueError(f"tag {run.tag} is there already, at {tag.target_commit[:10]}: choose another one")
     for path in files:
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {path.relative_to(folder)}")
-    state = "new" if theirs is None else f"there, {'no config' if not theirs else theirs}"
+    state = "new" if theirs is None else f"there, {theirs or 'no config'}"
     print(f"{len(files)} files to {api.endpoint}/{run.repo_id} ({state})")
     if run.dry_run:
         print("dry run: nothing was written")
         return
     attempt(run, lambda: api.create_repo(run.repo_id, private=run.private, exist_ok=True))
+    upload = {"repo_id": run.repo_id, "folder_path": folder}
     message = f"Upload {ours} checkpoint"
     attempt(
         run,
-        lambda: api.upload_folder(
-            repo_id=run.repo_id, folder_path=folder, ignore_patterns=[CARD], commit_message=message
-        ),
+        lambda: api.upload_folder(**upload, ignore_patterns=[CARD], delete_patterns=REPLACED, commit_message=message),
     )
-    attempt(
-        run,
-        lambda: api.upload_file(
-            path_or_fileobj=folder / CARD, path_in_repo=CARD, repo_id=run.repo_id, commit_message="Model card"
-        ),
-    )
+    card = attempt(run, lambda: api.upload_folder(**upload, allow_patterns=[CARD], commit_message="Model card"))
     if run.tag:
-        attempt(run, lambda: api.create_tag(run.repo_id, tag=run.tag, exist_ok=True))
+        attempt(run, lambda: api.create_tag(run.repo_id, tag=run.tag, revision=card.oid, exist_ok=True))
     print(f"published: {api.endpoint}/{run.repo_id}")
 
 
-def check_folder(folder: Path) -> tuple[list[Path], str]:
+def check_folder(folder: Path, repo_id: str) -> tuple[list[Path], str]:
     """The files of an exported folder and its model type.
 
-    Raises ValueError where something is missing that a checkpoint needs, or where there is something that none of ours
-    has: pickled weights, links, hidden files.
+    Raises ValueError where something is missing that a checkpoint needs, where there is something that none of ours
+    has (pickled weights, links, hidden files), and for a card that loads another repository.
     """
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     names = {str(path.relative_to(folder)) for path in files}
@@ -99,7 +101,22 @@ def check_folder(folder: Path) -> tuple[list[Path], str]:
     foreign = [path.name for path in files if path.suffix in PICKLES or path.name.startswith(".") or path.is_symlink()]
     if foreign:
         raise ValueError(f"folder {folder} holds {', '.join(foreign)}: no pickles, links or hidden files are uploaded")
+    if f'"{repo_id}"' not in (folder / CARD).read_text():
+        raise ValueError(f"{folder / CARD} does not load {repo_id}: export it with --repo_id {repo_id}")
     return files, config["model_type"]
+
+
+def model_type_of(api: HfApi, run: PushArguments) -> str | None:
+    """The model type in the repository; "" where it has no config, None where there is no repository."""
+    try:
+        files = attempt(run, lambda: api.model_info(run.repo_id)).siblings
+    except RepositoryNotFoundError:
+        return None
+    if "config.json" not in {file.rfilename for file in files}:
+        return ""
+    with TemporaryDirectory() as folder:
+        path = attempt(run, lambda: api.hf_hub_download(run.repo_id, "config.json", cache_dir=folder))
+        return read_config(Path(path)).get("model_type", "")
 
 
 def read_config(path: Path) -> dict:
@@ -110,26 +127,13 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-def model_type_of(api: HfApi, run: PushArguments) -> str | None:
-    """The model type in the repository; "" where it has no config, None where there is no repository."""
-    try:
-        attempt(run, lambda: api.model_info(run.repo_id))
-        path = attempt(run, lambda: api.hf_hub_download(run.repo_id, "config.json", force_download=True))
-    except RepositoryNotFoundError:
-        return None
-    except EntryNotFoundError:
-        return ""
-    return read_config(Path(path)).get("model_type", "")
-
-
 def attempt(run: PushArguments, action):
     """Do `action`, again where the network or the server failed, `run.attempts` times in all; returns its result."""
     for number in range(run.attempts):
         try:
             return action()
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            temporary = isinstance(error, httpx.TransportError) or error.response.status_code in (408, 429)
-            temporary = temporary or error.response.status_code >= 500
+        except (HfHubHTTPError, *TEMPORARY) as error:
+            temporary = isinstance(error, TEMPORARY) or error.response.status_code in (408, 429, 500, 502, 503, 504)
             if not temporary or number == run.attempts - 1:
                 raise
             print(f"attempt {number + 1} of {run.attempts} failed: {error}")

@@ -15,7 +15,7 @@ class Hub:
     """
 
     def __init__(self, failures: dict[str, int] | None = None):
-        self.repos, self.tags, self.blobs, self.commits, self.calls = {}, {}, {}, [], []
+        self.repos, self.tags, self.blobs, self.commits, self.calls = {}, {}, {}, [], []  # tags: name to commit
         self.failures = dict(failures or {})
 
     def __enter__(self):
@@ -129,17 +129,32 @@ class HubHandler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
             names.append(value["path"])
         self.hub.commits.append((header["value"]["summary"], sorted(names)))
         oid = f"{len(self.hub.commits):040d}"
         return self.answer(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid})
 
-    def tag(self, repo):
+    def tag(self, repo, revision):
         name = json.loads(self.body)["tag"]
-        if name in self.hub.tags.setdefault(repo, []):
+        if name in self.hub.tags.setdefault(repo, {}):
             return self.answer(409, {"error": "exists"})
-        self.hub.tags[repo].append(name)
+        self.hub.tags[repo][name] = revision
         return self.answer(200)
+
+    def refs(self, repo):
+        tags = [
+            {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
+            for name, commit in self.hub.tags.get(repo, {}).items()
+        ]
+        return self.answer(200, {"tags": tags, "branches": [], "converts": []})
+
+    def tree(self, repo):
+        files = self.hub.repos[repo].items()
+        return self.answer(
+            200, [{"type": "file", "path": name, "size": len(data), "oid": "1"} for name, data in files]
+        )
 
 
 ROUTES = [
@@ -148,7 +163,9 @@ ROUTES = [
     (r"GET /api/models/([^/]+/[^/]+)(?:/revision/main)?", HubHandler.info),
     (r"POST /api/models/([^/]+/[^/]+)/preupload/main", HubHandler.preupload),
     (r"POST /api/models/([^/]+/[^/]+)/commit/main", HubHandler.commit),
-    (r"POST /api/models/([^/]+/[^/]+)/tag/main", HubHandler.tag),
+    (r"POST /api/models/([^/]+/[^/]+)/tag/(.+)", HubHandler.tag),
+    (r"GET /api/models/([^/]+/[^/]+)/refs", HubHandler.refs),
+    (r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+", HubHandler.tree),
     (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubHandler.batch),
     (r"PUT /lfs/(\w+)", HubHandler.store),
     (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", HubHandler.resolve),

@@ -338,7 +338,9 @@ def test_the_table_has_a_line_for_every_system_and_dashes_for_what_was_not_measu
 
 def test_the_card_has_every_number_of_the_tables(rows, tmp_path):
     results = write_results(tmp_path / "results.json", "demo", "cards", 8, 1, rows)
-    content = CardContent("qgsa-demo", "outputs/demo", "some/base", None, "1 to 2", "python run.py", accuracy=results)
+    content = CardContent(
+        "qgsa-demo", "outputs/demo", "some/base", None, "1 to 2", "python run.py", 0.02, True, accuracy=results
+    )
     write_card(tmp_path, content)
     card = (tmp_path / "README.md").read_text()
     for table in (format_table(rows), format_families(rows), format_kept(rows[-1]), format_flops(rows)):

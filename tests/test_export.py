@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Idefics3Processor
 
-from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.model_card import committed_cards, render_card
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from training.model_card import committed_cards, of_architecture, render_card, selector_share
 
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +106,12 @@ def test_the_card_of_an_export_names_its_repository(folders):
     assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "visual_tokens_mean"}
 
 
+def test_a_trained_checkpoint_without_results_says_that_nothing_was_measured(tmp_path):
+    export.export(arguments("--base_model", TINY, "--output", tmp_path / "bare"))
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "untrained" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
+
+
 def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds 1 files"):
@@ -147,7 +153,10 @@ def test_published_architectures_are_exported(size, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
         assert (output / name).read_bytes() == (base / name).read_bytes()
     card = ModelCard.load(output / "README.md")
-    assert card.data.base_model == f"HuggingFaceTB/SmolVLM-{size.upper()}-Instruct" and not card.data.eval_results
+    assert card.data.base_model is None and not card.data.eval_results
+    assert f"random weights of {base.name}" in card.text
+    config = QGSAConfig.from_pretrained(output)
+    assert selector_share(config) == selector_share(of_architecture(size))
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     assert model.config.text_config.rope_parameters["rope_theta"] == 100000
 
@@ -163,7 +172,7 @@ def test_the_committed_cards_hold_what_was_measured_and_no_more():
     for card, content in cards.values():
         results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
         if content.accuracy is None:
-            assert not results and "## Accuracy\n\nNot measured" in card.text
+            assert "selector is untrained" in card.text and not results and "## Accuracy\n\nNot measured" in card.text
             continue
         (row,) = [row for row in content.accuracy["rows"] if row["system"] == "qgsa"]
         assert results and all(value == row[kind] for kind, value in results.items())

@@ -25,7 +25,7 @@ def folder(tmp_path):
         "processor_config.json": "{}",
         "generation_config.json": "{}",
         "configuration_qgsa.py": "# code",
-        "README.md": "---\nlicense: apache-2.0\n---\n# card\n",
+        "README.md": f'---\nlicense: apache-2.0\n---\n# card\nfrom_pretrained("{REPO}")\n',
         "model.safetensors": "weights" * 100,
     }
     for name, content in contents.items():
@@ -57,16 +57,35 @@ def test_everything_arrives_the_card_last(folder):
     assert hub.repos[REPO] == files
     (_, first), (_, last) = hub.commits
     assert last == ["README.md"] and "README.md" not in first and set(first) == set(files) - {"README.md"}
-    assert hub.tags[REPO] == ["v0.1.0"]
+    assert hub.tags[REPO] == {"v0.1.0": f"{2:040d}"}
 
 
-def test_pushing_again_changes_nothing_but_what_changed(folder):
+def test_pushing_again_replaces_what_was_there(folder):
     with Hub() as hub:
-        assert push(hub, folder, "--tag", "v0.1.0")[0] == 0
+        assert push(hub, folder)[0] == 0
+        left = {"pytorch_model.bin": b"", "model-00001-of-00002.safetensors": b"", "old_qgsa.py": b"", "notes.md": b""}
+        hub.repos[REPO] |= left
         (folder / "configuration_qgsa.py").write_text("# better code")
-        status, said = push(hub, folder, "--tag", "v0.1.0")
+        status, said = push(hub, folder)
     assert status == 0, said
-    assert hub.repos[REPO]["configuration_qgsa.py"] == b"# better code" and hub.tags[REPO] == ["v0.1.0"]
+    assert hub.repos[REPO]["configuration_qgsa.py"] == b"# better code"
+    assert set(left) & set(hub.repos[REPO]) == {"notes.md"} and "model.safetensors" in hub.repos[REPO]
+
+
+def test_a_tag_that_is_there_stays_where_it_is(folder):
+    with Hub() as hub:
+        assert push(hub, folder, "--tag", "v1")[0] == 0
+        commits = len(hub.commits)
+        status, said = push(hub, folder, "--tag", "v1")
+        assert status == 1 and "tag v1 is there already" in said and len(hub.commits) == commits
+
+
+def test_without_a_network_it_is_tried_again_and_said_in_a_line(folder):
+    with Hub() as hub:
+        pass  # gone: nobody listens there any more
+    status, said = push(hub, folder, "--attempts", "2")
+    assert status == 1 and "attempt 1 of 2 failed" in said and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_a_dry_run_writes_nothing(folder):
@@ -96,12 +115,12 @@ def test_a_repository_without_a_config_is_filled(folder):
 
 
 def test_what_fails_for_a_while_is_tried_again(folder):
-    failures = {"/api/repos/create": 1, "/commit/main": 1, "/tag/main": 1}
+    failures = {"/api/repos/create": 1, "/commit/main": 1, "/tag/": 1}
     with Hub(failures) as hub:
         status, said = push(hub, folder, "--tag", "v1")
     assert status == 0, said
     assert "attempt 1 of 5 failed" in said and set(hub.failures.values()) == {0}
-    assert "README.md" in hub.repos[REPO] and hub.tags[REPO] == ["v1"]
+    assert "README.md" in hub.repos[REPO] and set(hub.tags[REPO]) == {"v1"}
 
 
 def test_what_fails_for_good_publishes_no_card(folder):
@@ -120,6 +139,7 @@ def test_what_fails_for_good_publishes_no_card(folder):
         (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "holds pytorch_model.bin"),
         (lambda folder: (folder / "notes.txt").symlink_to("/etc/hostname"), "holds notes.txt"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "README.md").write_text("# another"), "export it with --repo_id org/"),
     ],
 )
 def test_a_folder_that_is_no_export_is_refused(change, complaint, folder):

@@ -5,6 +5,7 @@
 writes the committed cards anew from hub_cards/results: those of 256M, 500M and the tiny one.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -20,12 +21,19 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
     sys.path[0] = str(HERE.parent)
 
 from modeling_qgsa import QGSAConfig  # noqa: E402
+from training.flops import selector_flops, vision_flops  # noqa: E402
 from training.report import format_families, format_table  # noqa: E402
 from training.speed_report import format_speed  # noqa: E402
 
 
 HUB_CARDS = HERE.parent / "hub_cards"
 PARTS = ("vision", "prefill", "decode", "total")
+SCORED = {  # by what, and on which split
+    "cards": ("exact match", "test"),
+    "vqa_rad": ("exact match, yes and no by whole words", "test"),
+    "aokvqa": ("the choice, or the share of annotators who agree", "validation"),
+    "refcoco": ("whether the box meets the right one (IoU 0.5)", "val"),
+}
 
 
 @dataclass
@@ -39,6 +47,8 @@ class CardContent:
         base_model: its Hub id; None where it has none.
         budgets: what the checkpoint's config says of them, in words.
         command: what trains it.
+        selector_cost: FLOPs of the selector for a question, as a share of one tile's.
+        trained: whether its selector is.
         parameters: how many weights, told of the tiny stand-in; None for others.
         accuracy: a results file of a run, with its controls; None where nothing was measured.
         speed: a results file of `training/benchmark.py` of this architecture; None where there is none.
@@ -52,6 +62,8 @@ class CardContent:
     base_model: str | None
     budgets: str
     command: str
+    selector_cost: float
+    trained: bool
     parameters: int | None = None
     accuracy: dict | None = None
     speed: dict | None = None
@@ -65,6 +77,12 @@ def budgets_in_words(config) -> str:
         f"{config.min_tiles} to {config.max_tiles} tiles and {config.min_visual_tokens} to "
         f"{config.max_visual_tokens} visual tokens an image, by the estimated complexity of the question"
     )
+
+
+def selector_share(config) -> float:
+    """FLOPs of the selector and the estimator for a question of 20 tokens and two tiles, as a share of a tile's."""
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return selector_flops(config, 20, 3) / vision_flops(config, [patches])
 
 
 def render_card(content: CardContent) -> ModelCard:
@@ -94,6 +112,9 @@ def render_card(content: CardContent) -> ModelCard:
         picture=content.picture,
         title=content.name,
         tiny=content.parameters is not None,
+        trained=content.trained,
+        selector_cost=f"{content.selector_cost:.1%}",
+        scored_by=SCORED[accuracy["dataset"]][0] if accuracy else None,
         parameters=None if content.parameters is None else f"{content.parameters:,}",
         accuracy=accuracy,
         environment=accuracy and in_words(accuracy["environment"]),
@@ -116,8 +137,9 @@ FLOPS_BY_FORMULA = (
 
 def eval_results(accuracy: dict, qgsa: dict) -> list[EvalResult]:
     """What `model-index` says of the row `qgsa` of a results file."""
+    scored_by, split = SCORED[accuracy["dataset"]]
     measured = {
-        "accuracy": ("Accuracy (exact match)", qgsa["accuracy"]),
+        "accuracy": (f"Accuracy ({scored_by})", qgsa["accuracy"]),
         "delta_vs_dense_pp": ("Difference to dense, percentage points", qgsa["delta_vs_dense_pp"]),
         "visual_tokens_mean": ("Visual tokens kept, mean", qgsa["visual_tokens_mean"]),
         "tiles_mean": ("High-resolution tiles encoded, mean", qgsa["tiles_mean"]),
@@ -127,8 +149,8 @@ def eval_results(accuracy: dict, qgsa: dict) -> list[EvalResult]:
             task_type="image-text-to-text",
             task_name="Visual question answering",
             dataset_type=accuracy["dataset"],
-            dataset_name=f"{accuracy['dataset']} (test, n = {accuracy['n']})",
-            dataset_split="test",
+            dataset_name=f"{accuracy['dataset']} ({split}, n = {accuracy['n']})",
+            dataset_split=split,
             metric_type=kind,
             metric_name=name,
             metric_value=value,
@@ -170,6 +192,15 @@ def write_card(folder: Path, content: CardContent):
     (folder / "README.md").write_text(str(render_card(content)) + "\n")
 
 
+def of_architecture(size: str) -> QGSAConfig:
+    """What costs depend on, of SmolVLM-256M (`size` 256m) or 500M: tests hold it to the published config."""
+    width, heads, layers = {"256m": (576, 9, 30), "500m": (960, 15, 32)}[size]
+    text = {"model_type": "llama", "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    vision = {"image_size": 512, "patch_size": 16, "hidden_size": 768, "intermediate_size": 3072}
+    vision |= {"num_hidden_layers": 12, "num_attention_heads": 12}
+    return QGSAConfig(text_config=text, vision_config=vision, scale_factor=4)
+
+
 def committed_cards() -> dict[Path, CardContent]:
     """The cards of this repository, by where they lie."""
     results = {path.stem: json.loads(path.read_text()) for path in (HUB_CARDS / "results").glob("*.json")}
@@ -182,6 +213,8 @@ def committed_cards() -> dict[Path, CardContent]:
             base_model=None,
             budgets=budgets_in_words(tiny),
             command="python training/run_qgsa.py --preset demo",
+            selector_cost=selector_share(tiny),
+            trained=True,
             parameters=count_parameters(HUB_CARDS / "tiny-qgsa"),
             accuracy=results["cards"],
             picture="../results/cards_selections.png",
@@ -189,13 +222,16 @@ def committed_cards() -> dict[Path, CardContent]:
     }
     for size in ("256m", "500m"):
         base = f"HuggingFaceTB/SmolVLM-{size.upper()}-Instruct"
+        config = of_architecture(size)
         cards[HUB_CARDS / f"qgsa-smolvlm-{size}.md"] = CardContent(
             name=f"qgsa-smolvlm-{size}",
             repo_id=f"org/qgsa-smolvlm-{size}",
             made_from=base,
             base_model=base,
-            budgets=budgets_in_words(QGSAConfig()),
+            budgets=budgets_in_words(config),
             command=f"python training/run_qgsa.py --preset vqa_rad_{size}",
+            selector_cost=selector_share(config),
+            trained=False,
             picture="results/cards_selections.png",
             speed=results[f"speed_{size}_cpu"],
             flops=results["flops"]["answers"][f"smolvlm-{size}-instruct"],
@@ -204,6 +240,7 @@ def committed_cards() -> dict[Path, CardContent]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path, content in committed_cards().items():
         path.write_text(str(render_card(content)) + "\n")
         print(path.relative_to(HUB_CARDS.parent))

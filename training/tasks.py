@@ -17,7 +17,7 @@ from training.data.load import load_data
 from training.dense import train_dense, train_on_questions
 from training.evaluation import DENSE, System, add_flops, evaluate_systems, standard_systems
 from training.feature_cache import open_feature_cache
-from training.model_card import CardContent, budgets_in_words, write_card
+from training.model_card import CardContent, budgets_in_words, selector_share, write_card
 from training.report import (
     format_families,
     format_table,
@@ -212,6 +212,8 @@ def evaluate_and_report(preset, run, args, command, dense, tuned, processor, tes
         base_model=None if Path(run.base_model).exists() else run.base_model,
         budgets=budgets_in_words(tuned.config),
         command=command,
+        selector_cost=selector_share(tuned.config),
+        trained=True,
         accuracy=results,
         picture="figures/selections.png",
     )
