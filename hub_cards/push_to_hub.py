@@ -21,6 +21,13 @@ from huggingface_hub.utils import httpx
 from transformers import HfArgumentParser
 
 
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
+    sys.path[0] = str(HERE.parent)
+
+from training.arguments import Help  # noqa: E402
+
+
 CARD = "README.md"
 # What an earlier push may have left, and would be loaded in the place of what is uploaded, or beside it.
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "adapter_*"]
@@ -42,7 +49,7 @@ class PushArguments:
 
 
 def main():
-    (run,) = HfArgumentParser(PushArguments, description=__doc__).parse_args_into_dataclasses()
+    (run,) = HfArgumentParser(PushArguments, description=__doc__, formatter_class=Help).parse_args_into_dataclasses()
     try:
         push(run)
     except (OSError, ValueError, httpx.TransportError) as error:

@@ -51,6 +51,11 @@ from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_li
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import Budget  # noqa: E402
 from modeling_qgsa.selection_qgsa import read_layout  # noqa: E402
+from training.arguments import Help  # noqa: E402
+
+
+SECONDS_TO_SEND = 60  # a request: its body is held in memory meanwhile
+SPARE_CONNECTIONS = 8  # for /health, and for those that are told to come again
 
 
 @dataclass
@@ -277,7 +282,12 @@ async def watch(request: Request, gone: threading.Event):
 
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
     """Answer a chat completion. Raises RequestError, in a stream only before its first word."""
-    chat = parse(await read_body(request, answerer.limits.max_bytes))
+    try:
+        async with asyncio.timeout(SECONDS_TO_SEND):
+            body = await read_body(request, answerer.limits.max_bytes)
+    except TimeoutError as error:
+        raise RequestError(f"the request took more than {SECONDS_TO_SEND} seconds to arrive", status=408) from error
+    chat = await asyncio.to_thread(parse, body)  # of many megabytes it takes seconds, and others wait
     answerer.check(chat)
     images = await load_images(chat, answerer.limits)
 
@@ -363,11 +373,14 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
 
 def main():
     try:
-        (run,) = HfArgumentParser(ServeArguments, description=__doc__).parse_args_into_dataclasses()
+        (run,) = HfArgumentParser(
+            ServeArguments, description=__doc__, formatter_class=Help
+        ).parse_args_into_dataclasses()
         app = make_app(*load(run.model, run.device), run)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    uvicorn.run(app, host=run.host, port=run.port)
+    connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
+    uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 
 # What clients send of OpenAI's other fields although it asks for nothing.
@@ -96,7 +96,7 @@ class Part(Fields):
 
 class Message(Fields):
     role: Literal["system", "user", "assistant"]
-    content: list[Part] = Field(min_length=1, max_length=1000)
+    content: Annotated[list[Part], FailFast()] = Field(min_length=1, max_length=100)
     name: str | None = None  # without effect: the template has no names
 
     @model_validator(mode="before")
@@ -134,7 +134,7 @@ class ChatRequest(Fields):
     the same answer again.
     """
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=1000)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """The tiny checkpoint as `hub_cards/export.py` exports it, and an image to ask about."""
     folder = tmp_path_factory.mktemp("exported")
     run = [sys.executable, ROOT / "hub_cards" / "export.py", "--base_model", TINY, "--output", folder / "qgsa-tiny"]
-    subprocess.run(list(map(str, run)), check=True, capture_output=True, cwd=folder)
+    subprocess.run(list(map(str, run)), check=True, capture_output=True, cwd=folder, timeout=300)
     Cards("test", 1)[0]["image"].save(folder / "image.png")
     return folder
 
@@ -40,6 +40,7 @@ def ask(python, folder):
         text=True,
         cwd=folder,
         env=environment | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(report.read_text())

@@ -50,3 +50,13 @@ def test_what_makes_a_run(tmp_path):
     assert of({"test_size": 3, "systems": "dense qgsa", "task": "evaluate"}, logging_steps=3, max_steps=7) == same
     for other in (of({"dataset": "vqa_rad"}), of({"max_tiles": 2}), of(seed=3), of(utility_weight=0.0)):
         assert other != same
+
+
+@pytest.mark.parametrize("saved, free", [(None, True), ("checkpoint-2", False), ("model.safetensors", False)])
+def test_a_run_that_fails_before_it_saves_anything_leaves_the_folder_to_others(saved, free, tmp_path):
+    with pytest.raises(OSError):
+        with claimed(tmp_path, WANTED):
+            if saved:
+                (tmp_path / saved).mkdir()
+            raise OSError("no such data")
+    assert (tmp_path / "run.json").exists() is not free

@@ -139,7 +139,10 @@ def server(tmp_path_factory):
         assert process.poll() is None, log.read_text()
     finally:
         process.terminate()
-        process.wait(10)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def answers(address: str) -> bool:

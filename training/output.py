@@ -32,6 +32,8 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True):
         wanted: the run's `identity`.
         main_process: the others of a run rely on their first.
 
+    A run that fails before it has saved anything leaves the folder to others.
+
     Raises ValueError, before anything is written, for a folder that a process is writing to, and for one of a run that
     differs, naming the field and both values.
     """
@@ -54,5 +56,11 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True):
                     f"output_dir {folder} is of a run with {field} {found.get(field)!r}, this one has "
                     f"{wanted.get(field)!r}: choose another folder, or remove this one"
                 )
+        new = not path.exists()
         replace_file(path, json.dumps(wanted, indent=2).encode())
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and not (any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))):
+                path.unlink()  # nothing came of it: the folder is free for another run
+            raise

@@ -21,6 +21,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
     sys.path[0] = str(HERE.parent)
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
+from training.arguments import Help  # noqa: E402
 from training.baselines import centre_scores, random_scores  # noqa: E402
 from training.data.cards import Cards  # noqa: E402
 from training.evaluation import DENSE, System, add_flops, evaluate_systems  # noqa: E402
@@ -132,7 +133,7 @@ def plot_pareto(rows: list[dict], path: Path):
 
 
 def main():
-    (run,) = HfArgumentParser(ParetoArguments, description=__doc__).parse_args_into_dataclasses()
+    (run,) = HfArgumentParser(ParetoArguments, description=__doc__, formatter_class=Help).parse_args_into_dataclasses()
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")

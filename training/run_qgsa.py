@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
     sys.path[0] = str(HERE.parent)
 
+from training.arguments import Help  # noqa: E402
 from training.output import claimed, identity  # noqa: E402
 from training.tasks import run_dense, run_qgsa  # noqa: E402
 from training.trainer import QGSATrainingArguments  # noqa: E402
@@ -130,7 +131,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def parse_arguments(arguments: list[str], description: str) -> tuple[str, RunArguments, QGSATrainingArguments]:
     """The preset's name and its arguments, where those of the command line win; `description` is for `--help`."""
     preset, arguments = read_preset(arguments)
-    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=description)
+    parser = HfArgumentParser((RunArguments, QGSATrainingArguments), description=description, formatter_class=Help)
     run, args = parser.parse_args_into_dataclasses(arguments)
     args.remove_unused_columns, args.report_to = False, []
     return preset, run, args

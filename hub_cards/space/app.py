@@ -126,6 +126,8 @@ def ask(model, processor, image: Image.Image | None, question: str, max_tiles: i
     """
     if image is None:
         raise ValueError("there is no image: upload one or pick an example")
+    if not question.strip():
+        raise ValueError("there is no question: it is the question that selects")
     budget = {"max_tiles": int(max_tiles), "max_visual_tokens": int(max_visual_tokens)}
     answer = partial(generate, model, processor, image, question)
     start, times = time.perf_counter(), []
