@@ -22,7 +22,6 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    HfArgumentParser,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     PretrainedConfig,
@@ -38,7 +37,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import AUTO_MAP  # noqa: E402
 from modeling_qgsa.conversion_qgsa import OWN  # noqa: E402
-from training.arguments import Help  # noqa: E402
+from training.arguments import parse  # noqa: E402
 from training.model_card import CardContent, budgets_in_words, selector_share, write_card  # noqa: E402
 
 
@@ -99,7 +98,7 @@ class ExportArguments:
 
 
 def main():
-    (run,) = HfArgumentParser(ExportArguments, description=__doc__, formatter_class=Help).parse_args_into_dataclasses()
+    run = parse(ExportArguments, __doc__)
     try:
         export(run)
     except (OSError, ValueError) as error:

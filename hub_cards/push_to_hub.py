@@ -18,14 +18,13 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
-from transformers import HfArgumentParser
 
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
     sys.path[0] = str(HERE.parent)
 
-from training.arguments import Help  # noqa: E402
+from training.arguments import parse  # noqa: E402
 
 
 CARD = "README.md"
@@ -49,7 +48,7 @@ class PushArguments:
 
 
 def main():
-    (run,) = HfArgumentParser(PushArguments, description=__doc__, formatter_class=Help).parse_args_into_dataclasses()
+    run = parse(PushArguments, __doc__)
     try:
         push(run)
     except (OSError, ValueError, httpx.TransportError) as error:

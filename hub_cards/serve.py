@@ -34,7 +34,6 @@ from starlette.requests import ClientDisconnect
 from transformers import (
     AsyncTextIteratorStreamer,
     BatchFeature,
-    HfArgumentParser,
     PreTrainedConfig,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -51,7 +50,7 @@ from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_li
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import Budget  # noqa: E402
 from modeling_qgsa.selection_qgsa import read_layout  # noqa: E402
-from training.arguments import Help  # noqa: E402
+from training.arguments import parse as parse_arguments  # noqa: E402
 
 
 SECONDS_TO_SEND = 60  # a request: its body is held in memory meanwhile
@@ -373,9 +372,7 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
 
 def main():
     try:
-        (run,) = HfArgumentParser(
-            ServeArguments, description=__doc__, formatter_class=Help
-        ).parse_args_into_dataclasses()
+        run = parse_arguments(ServeArguments, __doc__)
         app = make_app(*load(run.model, run.device), run)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

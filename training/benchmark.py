@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, HfArgumentParser, Idefics3Processor
+from transformers import AutoConfig, AutoModelForImageTextToText, Idefics3Processor
 
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +29,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.selection_qgsa import QGSASelection  # noqa: E402
 from modeling_qgsa.vision_qgsa import encode_blocks  # noqa: E402
-from training.arguments import Help  # noqa: E402
+from training.arguments import parse  # noqa: E402
 from training.evaluation import layout_of  # noqa: E402
 from training.flops import count_flops, estimate_flops  # noqa: E402
 from training.meter import PARTS, now, peak_memory, time_answer, weight_bytes  # noqa: E402
@@ -377,9 +377,7 @@ def add_overhead(rows: list[dict], runners: list[Runner], batches: list[list], e
 
 
 def main():
-    (run,) = HfArgumentParser(
-        BenchmarkArguments, description=__doc__, formatter_class=Help
-    ).parse_args_into_dataclasses()
+    run = parse(BenchmarkArguments, __doc__)
     unknown = [name for name in run.systems if name not in SYSTEMS]
     if unknown:
         raise SystemExit(f"unknown systems {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")

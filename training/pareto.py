@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +20,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
     sys.path[0] = str(HERE.parent)
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from training.arguments import Help  # noqa: E402
+from training.arguments import parse  # noqa: E402
 from training.baselines import centre_scores, random_scores  # noqa: E402
 from training.data.cards import Cards  # noqa: E402
 from training.evaluation import DENSE, System, add_flops, evaluate_systems  # noqa: E402
@@ -133,7 +132,7 @@ def plot_pareto(rows: list[dict], path: Path):
 
 
 def main():
-    (run,) = HfArgumentParser(ParetoArguments, description=__doc__, formatter_class=Help).parse_args_into_dataclasses()
+    run = parse(ParetoArguments, __doc__)
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")
