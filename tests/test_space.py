@@ -98,7 +98,7 @@ def test_any_image_is_answered_and_drawn(space, loaded, mode, size):
     "image, question, budget, message",
     [
         (None, "is there a red card?", (8, 60), "there is no image"),
-        (Image.new("RGB", (64, 64)), "  ", (8, 60), "asks nothing"),
+        (Image.new("RGB", (64, 64)), "  ", (8, 60), "there is no question"),
         (Image.new("RGB", (3, 64)), "is there a red card?", (8, 60), "3 x 64 px"),
         (Image.new("RGB", (64, 64)), "is there a red <image>?", (8, 60), "2 images"),
         (Image.new("RGB", (64, 64)), "is there a red card?", (8, 1), "min_visual_tokens 8 is above"),
@@ -244,7 +244,7 @@ def test_page_survives_what_cannot_be_asked(page, tmp_path):
         page.get_by_test_id("toast-body").wait_for(state="detached")
 
     question.fill(" ")
-    ask_in_vain("asks nothing")
+    ask_in_vain("there is no question")
     question.fill("a red <image>")
     ask_in_vain("the prompts name 2 images")
     remove.click()
