@@ -37,7 +37,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import AUTO_MAP  # noqa: E402
 from modeling_qgsa.conversion_qgsa import OWN  # noqa: E402
-from training.arguments import parse  # noqa: E402
+from training.arguments import check_source, parse  # noqa: E402
 from training.model_card import CardContent, budgets_in_words, selector_share, write_card  # noqa: E402
 
 
@@ -113,6 +113,7 @@ def export(run: ExportArguments):
     output = Path(run.output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output {output} holds {len(list(output.iterdir()))} files: choose another folder")
+    check_source(run.base_model)
     made_from = dense_base_of(run.base_model)
     files = files_of(run.files or made_from)
     model = load(run)

@@ -50,6 +50,7 @@ from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_li
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
 from modeling_qgsa.configuration_qgsa import Budget  # noqa: E402
 from modeling_qgsa.selection_qgsa import read_layout  # noqa: E402
+from training.arguments import check_source  # noqa: E402
 from training.arguments import parse as parse_arguments  # noqa: E402
 
 
@@ -69,6 +70,7 @@ class ServeArguments(Limits):
 
 def load(name: str, device: str = "cpu"):
     """Load `(model, processor)` of a Hub id or folder. Raises ValueError for a checkpoint of another model type."""
+    check_source(name)
     found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if found != QGSAConfig.model_type:
         raise ValueError(

@@ -19,7 +19,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
     sys.path[0] = str(HERE.parent)
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from training.arguments import parse  # noqa: E402
+from training.arguments import check_source, parse  # noqa: E402
 from training.data.cards import FAMILIES, Cards  # noqa: E402
 from training.data.collator import QuestionCollator  # noqa: E402
 from training.evaluation import DENSE, System, add_flops, evaluate_systems  # noqa: E402
@@ -112,6 +112,8 @@ def spend(model, processor, questions, batch_size: int = 50):
 
 def main():
     run = parse(AdaptiveArguments, __doc__)
+    check_source(run.checkpoint)
+    check_source(run.base_model)
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")

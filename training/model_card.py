@@ -121,7 +121,9 @@ def render_card(content: CardContent) -> ModelCard:
         table=format_table(rows),
         families=format_families(rows) if qgsa else None,
         flops_table=format_flops(flops) if flops else None,
-        flops_note=FLOPS_BY_FORMULA if content.flops else "Means of the first questions (8; with random weights one), batch 1: other budgets cost otherwise.",
+        flops_note=FLOPS_BY_FORMULA
+        if content.flops
+        else "Means of the first questions (8; with random weights one), batch 1: other budgets cost otherwise.",
         speed=speed,
         environment_of_speed=speed and in_words(speed["environment"]),
         speed_table=speed and format_speed(speed["rows"], 2048),

@@ -20,7 +20,7 @@ if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the proj
     sys.path[0] = str(HERE.parent)
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from training.arguments import parse  # noqa: E402
+from training.arguments import check_source, parse  # noqa: E402
 from training.baselines import centre_scores, random_scores  # noqa: E402
 from training.data.cards import Cards  # noqa: E402
 from training.evaluation import DENSE, System, add_flops, evaluate_systems  # noqa: E402
@@ -116,13 +116,18 @@ def plot_pareto(rows: list[dict], path: Path):
     axes.set_prop_cycle(color=plt.cm.tab20.colors)
     names = dict.fromkeys(row["system"].partition(", k")[0] for row in rows)
     for name in names:
-        of = [row for row in rows if row["system"].partition(", k")[0] == name]
+        of = [row for row in rows if row["system"].startswith(f"{name}, k")]
         of = sorted((row["flops"]["total"] / 1e9, row["delta_vs_dense_pp"]) for row in of)
         ours = name.startswith("qgsa") and name != "qgsa-after-encoder"
-        axes.plot(*zip(*of), marker="o", label=name, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7)
+        if of:
+            axes.plot(*zip(*of), marker="o", label=name, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7)
+    for name in names:  # without a fixed k: dense, its cheaper settings, and QGSA with its own budgets
+        for row in (row for row in rows if row["system"] == name):
+            label = f"{name}, own budgets" if name.startswith("qgsa") else name
+            axes.plot(row["flops"]["total"] / 1e9, row["delta_vs_dense_pp"], marker="*", ls="", ms=11, label=label)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_xticks([0.2, 0.3, 0.5, 0.8, 1.2, 2], ["0.2", "0.3", "0.5", "0.8", "1.2", "2"])
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("GFLOPs of an answer, encoder included")
     axes.set_ylabel("Δ to dense, pp")
     axes.grid(alpha=0.3, which="both")
@@ -133,6 +138,8 @@ def plot_pareto(rows: list[dict], path: Path):
 
 def main():
     run = parse(ParetoArguments, __doc__)
+    for name in filter(None, (run.checkpoint, run.blocks_checkpoint, run.base_model)):
+        check_source(name)
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")

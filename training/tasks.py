@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from training.arguments import check_source
 from training.clip_alignment import PatchWordAlignment
 from training.data.cards import FAMILIES
 from training.data.collator import QuestionCollator
@@ -46,6 +47,7 @@ def load_base(run, texts=None):
         stock = build_processor(texts, run.longest_edge)
         parts = {"image_seq_len": stock.image_seq_len, "chat_template": stock.chat_template}
         return build_model(stock), QGSAProcessor(stock.image_processor, stock.tokenizer, **parts)
+    check_source(base_model)
     processor = QGSAProcessor.from_pretrained(base_model, backend="pil")
     if run.random_weights:
         return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base_model)).float(), processor
