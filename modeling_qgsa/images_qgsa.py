@@ -18,8 +18,8 @@ def load_images(images, rescale: bool = True):
     """Load what is given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
 
     Returns PIL images, and arrays of uint8 for arrays and tensors without alpha channel; floats as they are, where the
-    image processor is not to `rescale` from 0 .. 255. Raises TypeError for what is no
-    image, and OSError or ValueError for one that cannot be read, or that `check_size` or `check_depth` refuse.
+    image processor is not to `rescale` from 0 .. 255. Raises TypeError for what is no image, and OSError or ValueError
+    for one that cannot be read, or that `check_size` or `check_depth` refuse.
     """
     if isinstance(images, list | tuple):
         return [load_images(image, rescale) for image in images]
@@ -84,8 +84,8 @@ def to_uint8(image, rescale: bool = True) -> np.ndarray:
     """An array or tensor as an array of uint8, `(height, width, channels)` or `(channels, height, width)`.
 
     Floats up to 1, and bools, are taken for shares of 255, all other numbers for what they are; floats stay as they
-    are without `rescale`. Raises TypeError for
-    what is neither array nor tensor of numbers, ValueError for another shape and for numbers beyond 0 to 255.
+    are without `rescale`. Raises TypeError for what is neither array nor tensor of numbers, ValueError for another
+    shape and for numbers beyond 0 to 255.
     """
     if isinstance(image, torch.Tensor):
         given, floats = image, torch.float32 if image.is_floating_point() else image.dtype

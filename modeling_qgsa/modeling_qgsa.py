@@ -452,6 +452,9 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
 
         The selection is made once, before the prefill; with `return_dict_in_generate=True` the output carries it as
         `selection`. Arguments as in `forward` and in `GenerationMixin.generate`.
+
+        Raises ValueError as `forward` does, for image placeholders without an image, and for ways to decode that read
+        the whole prompt (assisted, prompt lookup, prefill in chunks), except for "dense".
         """
         input_ids = inputs if input_ids is None else input_ids
         budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
