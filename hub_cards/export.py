@@ -4,7 +4,7 @@
     python hub_cards/export.py --base_model outputs/vqa_rad_256m --output outputs/hub/qgsa-smolvlm-256m
 
 `--base_model` is a run's outputs folder, or a dense checkpoint, which gets a fresh selector. The way back, for what
-knows only the published architectures (llama.cpp, vLLM, ONNX, OpenVINO): the adapted weights without the selector.
+knows only the published architectures (llama.cpp, OpenVINO and others): the adapted weights without the selector.
 
     python hub_cards/export.py --base_model outputs/vqa_rad_256m --format idefics3 --output outputs/hub/plain-256m
 

@@ -184,7 +184,6 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
             raise ValueError(f"sample {tile_sample[tile]}: its last image has no global view after its tiles")
     images = int(is_global.sum())
     grids = tile_row.new_zeros(images, 2)
-    count = len(tile_row)
     for axis, index in enumerate((tile_row, tile_column)):
         grids[:, axis].scatter_reduce_(0, tile_image, index + 1, "amax")
     counts = torch.bincount(tile_image, minlength=images) - 1
@@ -195,7 +194,7 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
             "is a global view missing?"
         )
     first = torch.searchsorted(tile_image, tile_image)
-    slot = torch.arange(count, device=first.device) - first
+    slot = torch.arange(len(tile_row), device=first.device) - first
     for tile in ((tile_row * grids[tile_image, 1] + tile_column != slot) & ~is_global).nonzero()[:1, 0].tolist():
         raise ValueError(
             f"sample {tile_sample[tile]}: tile {int(slot[tile])} of its image is marked as row {tile_row[tile] + 1}, "

@@ -322,7 +322,8 @@ def test_results_are_written_in_one_step(rows, tmp_path):
     path = tmp_path / "results.json"
     write_results(path, "demo", "cards", 8, 1, rows)
     written = json.loads(path.read_text())
-    assert set(written) == {"preset", "dataset", "n", "seed", "environment", "rows"}
+    assert set(written) == {"preset", "dataset", "split", "n", "seed", "environment", "rows"}
+    assert written["split"] == "test"
     assert written["rows"] == rows
     assert (written["preset"], written["dataset"], written["n"], written["seed"]) == ("demo", "cards", 8, 1)
     assert [each.name for each in tmp_path.iterdir()] == ["results.json"]

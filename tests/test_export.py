@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Idefics3Processor
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.model_card import committed_cards, of_architecture, render_card, selector_share
+from training.model_card import SCORED_BY, committed_cards, of_architecture, render_card, selector_share
 
 
 ROOT = Path(__file__).parent.parent
@@ -195,3 +195,18 @@ def test_the_snippet_of_the_card_answers(folders, make_image):
     scope = {"image": make_image(3), "question": "how many cards are there?"}
     exec(code.replace("org/qgsa-tiny", str(folders / "qgsa")), scope)
     assert scope["answer"].strip()
+
+
+@pytest.mark.parametrize("dataset, split", [("aokvqa", "validation"), ("refcoco", "test"), ("cards", "validation")])
+def test_a_card_names_the_split_and_the_rule_of_its_results(dataset, split):
+    (content,) = [content for content in committed_cards().values() if content.accuracy]
+    content.accuracy |= {"dataset": dataset, "split": split}
+    card = render_card(content)
+    assert f"questions of {dataset} ({split})" in card.text and f"scored by {SCORED_BY[dataset]}" in card.text
+    assert {result.dataset_split for result in card.data.eval_results} == {split}
+    content.accuracy["dataset"] = "mmmu"
+    with pytest.raises(ValueError, match="results are of 'mmmu'"):
+        render_card(content)
+    del content.accuracy["split"]
+    with pytest.raises(ValueError, match="results lack split"):
+        render_card(content)

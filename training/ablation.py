@@ -134,7 +134,7 @@ def main():
         row = mean_row(rows[of_seeds], np.array(right[of_seeds]) - right[0])
         summary.append({"system": "qgsa", "variant": name, **row, "seeds": rows[of_seeds]})
     name = "ablation_cards.json" if run.eval_split == "test" else f"ablation_cards_{run.eval_split}.json"
-    write_results(output / name, "demo", run.dataset, len(test), list(SEEDS), summary)
+    write_results(output / name, "demo", run.dataset, len(test), list(SEEDS), summary, run.eval_split)
     print(format_ablation(summary))
 
 

@@ -125,7 +125,7 @@ def main():
     # What an adaptive budget costs is different for every question, a fixed one but for the length of the prompt.
     add_flops(rows, systems, questions, processor, max_new_tokens=8, questions=100)
     add_flops(rows[1:2], systems[1:2], questions, processor, max_new_tokens=8, questions=len(questions))
-    write_results(output / "adaptive_cards.json", "demo", f"cards, {run.split}", len(questions), 0, rows)
+    write_results(output / "adaptive_cards.json", "demo", "cards", len(questions), 0, rows, run.split)
     plot_spending(model, processor, Cards(run.split, min(run.size, 500)), output / "adaptive_cards.png")
     best = best_fixed(rows[2:], rows[1])
     print(f"{format_adaptive(rows)}\n\nThe best fixed budget at its cost: {best['system']}\n")

@@ -28,11 +28,12 @@ from training.speed_report import format_speed  # noqa: E402
 
 HUB_CARDS = HERE.parent / "hub_cards"
 PARTS = ("vision", "prefill", "decode", "total")
-SCORED = {  # by what, and on which split
-    "cards": ("exact match", "test"),
-    "vqa_rad": ("exact match, yes and no by whole words", "test"),
-    "aokvqa": ("the choice, or the share of annotators who agree", "validation"),
-    "refcoco": ("whether the box meets the right one (IoU 0.5)", "val"),
+RESULTS_FIELDS = {"dataset", "split", "n", "environment", "rows"}
+SCORED_BY = {  # see training/scoring.py
+    "cards": "exact match",
+    "vqa_rad": "exact match, closed questions by whole words",
+    "aokvqa": "the choice that is named, or min(1, matches / 3) over ten annotators",
+    "refcoco": "boxes with an IoU of at least 0.5",
 }
 
 
@@ -86,8 +87,16 @@ def selector_share(config) -> float:
 
 
 def render_card(content: CardContent) -> ModelCard:
-    """The card, with `model-index` metadata of what was measured and of nothing else."""
+    """The card, with `model-index` metadata of what was measured and of nothing else.
+
+    Raises ValueError for results that lack something, and for those of a data set that has no rule of what is right.
+    """
     accuracy, speed = content.accuracy, content.speed
+    lacking = RESULTS_FIELDS - set(accuracy or RESULTS_FIELDS)
+    if lacking:
+        raise ValueError(f"results lack {', '.join(sorted(lacking))}: evaluate anew (--task evaluate)")
+    if accuracy and accuracy["dataset"] not in SCORED_BY:
+        raise ValueError(f"results are of {accuracy['dataset']!r}: cards are of {', '.join(SCORED_BY)}")
     rows = accuracy["rows"] if accuracy else []
     qgsa = next((row for row in rows if row["system"] == "qgsa"), None)
     data = ModelCardData(
@@ -114,7 +123,7 @@ def render_card(content: CardContent) -> ModelCard:
         tiny=content.parameters is not None,
         trained=content.trained,
         selector_cost=f"{content.selector_cost:.1%}",
-        scored_by=SCORED[accuracy["dataset"]][0] if accuracy else None,
+        scored_by=SCORED_BY[accuracy["dataset"]] if accuracy else None,
         parameters=None if content.parameters is None else f"{content.parameters:,}",
         accuracy=accuracy,
         environment=accuracy and in_words(accuracy["environment"]),
@@ -139,9 +148,9 @@ FLOPS_BY_FORMULA = (
 
 def eval_results(accuracy: dict, qgsa: dict) -> list[EvalResult]:
     """What `model-index` says of the row `qgsa` of a results file."""
-    scored_by, split = SCORED[accuracy["dataset"]]
+    split = accuracy["split"]
     measured = {
-        "accuracy": (f"Accuracy ({scored_by})", qgsa["accuracy"]),
+        "accuracy": (f"Accuracy ({SCORED_BY[accuracy['dataset']]})", qgsa["accuracy"]),
         "delta_vs_dense_pp": ("Difference to dense, percentage points", qgsa["delta_vs_dense_pp"]),
         "visual_tokens_mean": ("Visual tokens kept, mean", qgsa["visual_tokens_mean"]),
         "tiles_mean": ("High-resolution tiles encoded, mean", qgsa["tiles_mean"]),

@@ -155,7 +155,7 @@ def main():
     add_flops(rows, systems, questions, processor, max_new_tokens=8, questions=run.flops_questions)
     for row in rows:  # of shared features
         del row["seconds_median"], row["speedup_vs_dense"]
-    write_results(output / "pareto_cards.json", "demo", f"cards, {run.split}", len(questions), 0, rows)
+    write_results(output / "pareto_cards.json", "demo", "cards", len(questions), 0, rows, run.split)
     plot_pareto(rows, output / "pareto_cards.png")
     print(format_pareto(rows))
 

@@ -28,9 +28,12 @@ def environment() -> dict:
     }
 
 
-def write_results(path: Path, preset: str, dataset: str, n: int, seed: int, rows: list[dict]) -> dict:
-    """Write `results.json` in the form of the public contract, in one step; returns what is written."""
-    results = {"preset": preset, "dataset": dataset, "n": n, "seed": seed, "environment": environment(), "rows": rows}
+def write_results(
+    path: Path, preset: str, dataset: str, n: int, seed: int, rows: list[dict], split: str = "test"
+) -> dict:
+    """Write `results.json` in the form of the public contract, and `split`, in one step; returns what is written."""
+    results = {"preset": preset, "dataset": dataset, "split": split, "n": n, "seed": seed}
+    results |= {"environment": environment(), "rows": rows}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=2) + "\n")
     part.replace(path)

@@ -72,7 +72,7 @@ def run_dense(preset: str, run, args, command: str):
     save_processor(processor, output)
     system = System("dense", QGSASmolVLMForConditionalGeneration.from_dense(model, processor.tokenizer), DENSE)
     rows = evaluate_systems([system], test, processor, run.test_batch_size, run.max_new_tokens, args.seed, run.dataset)
-    write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
+    write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows, run.eval_split)
     needed = {family: FAMILIES[family][0] if run.dataset == "cards" else "unknown" for family in rows[0]["by_family"]}
     print(write_dense_card(output, output.name, model.num_parameters(), len(test), rows[0], needed, command))
 
@@ -202,7 +202,7 @@ def evaluate_and_report(preset, run, args, command, dense, tuned, processor, tes
     output = Path(args.output_dir)
     (output / "figures").mkdir(parents=True, exist_ok=True)
     add_flops(rows, systems, test, processor, run.max_new_tokens, questions=1 if run.random_weights else 8)
-    results = write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows)
+    results = write_results(output / "results.json", preset, run.dataset, len(test), args.seed, rows, run.eval_split)
     plot_accuracy(rows, output / "figures" / "accuracy.png")
     samples = one_of_each_family(test)
     collate = QuestionCollator(processor, with_answer=False)
