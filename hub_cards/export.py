@@ -29,18 +29,14 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.configuration_qgsa import AUTO_MAP
+from modeling_qgsa.conversion_qgsa import OWN
+from training.cli.arguments import check_source, parse
+from training.model_card import CardContent, budgets_in_words, selector_share, write_card
+
 
 HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
-    sys.path[0] = str(HERE.parent)
-
-from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from modeling_qgsa.configuration_qgsa import AUTO_MAP  # noqa: E402
-from modeling_qgsa.conversion_qgsa import OWN  # noqa: E402
-from training.arguments import check_source, parse  # noqa: E402
-from training.model_card import CardContent, budgets_in_words, selector_share, write_card  # noqa: E402
-
-
 PLAIN = {
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),

@@ -19,12 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 
-
-HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
-    sys.path[0] = str(HERE.parent)
-
-from training.arguments import parse  # noqa: E402
+from training.cli.arguments import parse
 
 
 CARD = "README.md"

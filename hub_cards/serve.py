@@ -23,12 +23,13 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from serve_images import decode, load_images
+from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import (
@@ -39,19 +40,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-
-HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project too
-    sys.path.insert(1, str(HERE.parent))
-
-from serve_images import decode, load_images  # noqa: E402
-from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse  # noqa: E402
-
-from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from modeling_qgsa.configuration_qgsa import Budget  # noqa: E402
-from modeling_qgsa.selection_qgsa import read_layout  # noqa: E402
-from training.arguments import check_source  # noqa: E402
-from training.arguments import parse as parse_arguments  # noqa: E402
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.selection_qgsa import read_layout
+from training.cli.arguments import check_source
+from training.cli.arguments import parse as parse_arguments
 
 
 SECONDS_TO_SEND = 60  # a request: its body is held in memory meanwhile

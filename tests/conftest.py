@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.tiny import build_processor
+from training.standins.tiny import build_processor
 
 
 DENSE = {

@@ -13,15 +13,15 @@ import serve
 from serving import serving
 from transformers import HfArgumentParser
 
-from training.ablation import format_ablation
-from training.adaptive import best_fixed, format_adaptive, format_spending
 from training.benchmark import BenchmarkArguments
-from training.flops import paper_table
-from training.pareto import format_pareto
-from training.report import format_families, format_table
+from training.costs.flops import paper_table
+from training.costs.speed_report import format_headline, format_speed
+from training.evaluation.report import format_families, format_table
+from training.learning.trainer import QGSATrainingArguments
 from training.run_qgsa import RunArguments, read_preset
-from training.speed_report import format_headline, format_speed
-from training.trainer import QGSATrainingArguments
+from training.studies.ablation import format_ablation
+from training.studies.adaptive import best_fixed, format_adaptive, format_spending
+from training.studies.pareto import format_pareto
 
 
 ROOT = Path(__file__).parent.parent

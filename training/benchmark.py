@@ -10,7 +10,6 @@ Published pruning methods and QGSA run in the precision of each part and the ste
 SmolVLM too (`dense-tuned`), which the run finds out first. On a GPU everything is in bfloat16.
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,23 +20,18 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Idefics3Processor
 
-
-HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
-    sys.path[0] = str(HERE.parent)
-
-from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration  # noqa: E402
-from modeling_qgsa.selection_qgsa import QGSASelection  # noqa: E402
-from modeling_qgsa.vision_qgsa import encode_blocks  # noqa: E402
-from training.arguments import parse  # noqa: E402
-from training.evaluation import layout_of  # noqa: E402
-from training.flops import count_flops, estimate_flops  # noqa: E402
-from training.meter import PARTS, now, peak_memory, time_answer, weight_bytes  # noqa: E402
-from training.peers import PEERS  # noqa: E402
-from training.speed_report import write_speed  # noqa: E402
+from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.selection_qgsa import QGSASelection
+from modeling_qgsa.vision_qgsa import encode_blocks
+from training.cli.arguments import parse
+from training.costs.flops import count_flops, estimate_flops
+from training.costs.meter import PARTS, now, peak_memory, time_answer, weight_bytes
+from training.costs.speed_report import write_speed
+from training.evaluation.systems import layout_of
+from training.methods.peers import PEERS
 
 
-SHARED = HERE.parent.parent / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 QUESTION = "Is there evidence of an abnormality in this image?"
 
 
@@ -76,7 +70,7 @@ class Timed:
         edge: what becomes of the longest edge: "full", "half", or "native", which scales no image up beyond the next
             whole tile.
         split: whether there are tiles beside the global view.
-        peer: a method of `training/peers.py`.
+        peer: a method of `training/methods/peers.py`.
     """
 
     model: str

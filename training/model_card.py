@@ -8,28 +8,22 @@ writes the committed cards anew from hub_cards/results: those of 256M, 500M and 
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-
-HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
-    sys.path[0] = str(HERE.parent)
-
-from modeling_qgsa import QGSAConfig  # noqa: E402
-from training.flops import selector_flops, vision_flops  # noqa: E402
-from training.report import format_families, format_table  # noqa: E402
-from training.speed_report import format_speed  # noqa: E402
+from modeling_qgsa import QGSAConfig
+from training.costs.flops import selector_flops, vision_flops
+from training.costs.speed_report import format_speed
+from training.evaluation.report import format_families, format_table
 
 
-HUB_CARDS = HERE.parent / "hub_cards"
+HUB_CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
 PARTS = ("vision", "prefill", "decode", "total")
 RESULTS_FIELDS = {"dataset", "split", "n", "environment", "rows"}
-SCORED_BY = {  # see training/scoring.py
+SCORED_BY = {  # see training/evaluation/grading.py
     "cards": "exact match",
     "vqa_rad": "exact match, closed questions by whole words",
     "aokvqa": "the choice that is named, or min(1, matches / 3) over ten annotators",

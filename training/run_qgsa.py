@@ -24,18 +24,13 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, set_seed
 
-
-HERE = Path(__file__).resolve().parent
-if Path(sys.path[0]).resolve() == HERE:  # run as a script: import from the project, not from this folder
-    sys.path[0] = str(HERE.parent)
-
-from training.arguments import Help  # noqa: E402
-from training.output import claimed, identity  # noqa: E402
-from training.tasks import run_dense, run_qgsa  # noqa: E402
-from training.trainer import QGSATrainingArguments  # noqa: E402
+from training.cli.arguments import Help
+from training.learning.output import claimed, identity
+from training.learning.tasks import run_dense, run_qgsa
+from training.learning.trainer import QGSATrainingArguments
 
 
-PRESETS = HERE / "presets"
+PRESETS = Path(__file__).resolve().parent / "presets"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What both harnesses ask and how they score it: the samples of `training/data` by the rules of `training/scoring.py`.
+"""What both harnesses ask, the samples of `training/data`, and how they score it.
 
 VQA-RAD and A-OKVQA come from the Hub, or from the folders in the environment variables `QGSA_VQA_RAD_DIR` and
 `QGSA_AOKVQA_DIR`: a variable, since lmms-eval has no option that reaches a task.
@@ -11,7 +11,7 @@ import datasets
 from training.data.aokvqa import load_aokvqa
 from training.data.cards import Cards
 from training.data.vqa_rad import load_vqa_rad
-from training.scoring import score_rows, score_set
+from training.evaluation.grading import score_rows, score_set
 
 
 CARDS = 2000  # test questions, as many as in the tables of the project

@@ -1,0 +1,93 @@
+"""What an exported folder answers under the installed transformers: run by tests in each environment.
+
+    python tests/compat/answer.py FOLDER IMAGE OUTPUT
+
+Loads through the Auto classes, as a user would, and writes to OUTPUT (JSON) the tokens, positions and selections.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor
+
+
+QUESTIONS = ("what shape does the red card show?", "how many cards are there?")
+
+
+def load(folder: str):
+    """Model and processor of `folder`, through the class that this generation of transformers has for them."""
+    if transformers.__version__.startswith("4."):
+        from transformers import AutoModelForVision2Seq as AutoModel
+
+        return AutoModel.from_pretrained(folder, trust_remote_code=True), AutoProcessor.from_pretrained(
+            folder, trust_remote_code=True
+        )
+    from transformers import AutoModelForImageTextToText as AutoModel
+
+    return AutoModel.from_pretrained(folder, trust_remote_code=True), AutoProcessor.from_pretrained(
+        folder, trust_remote_code=True, backend="pil"
+    )
+
+
+def ask(processor, image, *questions, **options):
+    """Inputs of some questions about one image."""
+    prompts = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompts.append(
+            processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        )
+    images = [[image]] * len(questions)
+    return processor(text=prompts, images=images, padding=True, return_tensors="pt", **options)
+
+
+def positions_of(model, inputs, **options) -> list:
+    """The ids that `generate` makes, and the positions that the text model saw of all of them, step by step."""
+    seen = []
+    hook = model.model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+    hook.remove()
+    return [ids.tolist(), seen]
+
+
+@torch.no_grad()
+def main(folder: str, image: str, output: str):
+    model, processor = load(folder)
+    model.eval()
+    processor.tokenizer.padding_side = "left"
+    image = Image.open(image).convert("RGB")
+    batch, single = ask(processor, image, *QUESTIONS), ask(processor, image, QUESTIONS[0])
+    lazy = ask(processor, image, *QUESTIONS, lazy_tiles=True)
+    selected = model.select(**batch)
+    dense = model(**{**single, "selection": "dense"}).logits
+    report = {
+        "transformers": transformers.__version__,
+        "model": type(model).__name__,
+        "processor": type(processor).__name__,
+        "inputs": {name: [list(value.shape), value.double().sum().item()] for name, value in batch.items()},
+        "batch": positions_of(model, batch),
+        "single": positions_of(model, single),
+        "lazy": positions_of(model, lazy),
+        "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),
+        "dense": positions_of(model, single, selection="dense"),
+        "answers": processor.batch_decode(
+            model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        ),
+        "visual_tokens": selected.visual_tokens.tolist(),
+        "tiles": selected.tiles.tolist(),
+        "kept": selected.keep_indices.tolist(),
+        "logits": model(**single).logits[0, -1].tolist(),
+        "dense_logits": dense[0, -1].tolist(),
+        "drawn": list(processor.draw_selection(image, selected).size),
+    }
+    with open(output, "w") as file:
+        json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,212 @@
+"""Exported folders are complete, load without this project, and are made whole or not at all."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import export
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Idefics3Processor
+
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from training.model_card import SCORED_BY, committed_cards, of_architecture, render_card, selector_share
+
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "hub_cards" / "tiny-qgsa"
+DENSE = ROOT / "hub_cards" / "tiny-dense"
+CHECKPOINTS = ROOT.parent / "shared" / "checkpoints"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+
+
+def arguments(*given):
+    return HfArgumentParser(export.ExportArguments).parse_args_into_dataclasses(list(map(str, given)))[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    results = ROOT / "hub_cards" / "results" / "cards.json"
+    for name, options in {
+        "qgsa": ["--base_model", TINY, "--results", results, "--repo_id", "org/qgsa-tiny"],
+        "idefics3": ["--base_model", TINY, "--format", "idefics3"],
+        "smolvlm": ["--base_model", TINY, "--format", "smolvlm"],
+        "fresh": ["--base_model", DENSE],
+    }.items():
+        export.export(arguments(*options, "--output", folder / name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return QGSASmolVLMForConditionalGeneration.from_pretrained(TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def question(make_image):
+    processor = QGSAProcessor.from_pretrained(TINY, backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "how many cards are there?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(text=prompt, images=[make_image(3)], return_tensors="pt")
+
+
+def test_the_folder_holds_all_that_the_hub_needs(folders):
+    names = {path.name for path in (folders / "qgsa").iterdir()}
+    code = {path.name for path in (ROOT / "modeling_qgsa").glob("*_qgsa.py")}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "results.json"}
+    assert names == {*code, *wanted, *TOKENIZER, "README.md", "LICENSE", "figures"}
+    for path in (folders / "qgsa").glob("*_qgsa.py"):
+        assert path.read_text() == (ROOT / "modeling_qgsa" / path.name).read_text()
+
+
+@pytest.mark.parametrize("name", ["qgsa", "idefics3", "smolvlm"])
+def test_tokenizer_and_preprocessor_are_copied_as_they_are(name, folders):
+    for file in TOKENIZER:
+        assert (folders / name / file).read_bytes() == (TINY / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qgsa", "idefics3", "smolvlm", "fresh"])
+def test_generation_stops_at_the_end_of_an_utterance(name, folders, tiny):
+    config = json.loads((folders / name / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tiny.config.end_of_utterance_token_id
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_the_way_back_has_the_logits_of_dense(name, folders, tiny, question):
+    model = AutoModelForImageTextToText.from_pretrained(folders / name).eval()
+    processor = AutoProcessor.from_pretrained(folders / name)
+    assert model.config.model_type == name and type(processor) is Idefics3Processor
+    assert not [weight for weight, _ in model.named_parameters() if "selector" in weight]
+    stock = {key: value for key, value in question.items() if key != "question_mask"}
+    with torch.no_grad():
+        assert torch.equal(model(**stock).logits, tiny(**question, selection="dense").logits)
+
+
+def test_other_readers_find_the_rotary_base_and_what_the_text_model_is(folders):
+    for name in ("qgsa", "idefics3"):
+        text = json.loads((folders / name / "config.json").read_text())["text_config"]
+        assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] and text["rope_scaling"] is None
+        assert text["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_dense_checkpoint_gets_a_fresh_selector_and_a_card_that_says_so(folders):
+    card = (folders / "fresh" / "README.md").read_text()
+    assert "selector is untrained" in card and "model-index" not in card
+    config = json.loads((folders / "fresh" / "config.json").read_text())
+    assert config["model_type"] == "qgsa_smolvlm"
+
+
+def test_the_card_of_an_export_names_its_repository(folders):
+    card = ModelCard.load(folders / "qgsa" / "README.md")
+    assert 'from_pretrained("org/qgsa-tiny", trust_remote_code=True)' in card.text
+    assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "visual_tokens_mean"}
+
+
+def test_a_trained_checkpoint_without_results_says_that_nothing_was_measured(tmp_path):
+    export.export(arguments("--base_model", TINY, "--output", tmp_path / "bare"))
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "untrained" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
+
+
+def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds 1 files"):
+        export.export(arguments("--base_model", TINY, "--output", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--base_model", "no/such/folder"], "no/such/folder"),
+        (["--base_model", TINY, "--format", "gguf"], "format is 'gguf'"),
+        (["--base_model", TINY, "--files", ROOT / "hub_cards" / "results"], "no tokenizer_config.json"),
+        (["--base_model", TINY, "--results", "no.json"], "no.json"),
+    ],
+)
+def test_what_fails_leaves_no_folder(options, complaint, tmp_path):
+    with pytest.raises((OSError, ValueError), match=complaint):
+        export.export(arguments(*options, "--output", tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_says_in_a_line_what_is_wrong(tmp_path):
+    command = [sys.executable, ROOT / "hub_cards" / "export.py", "--base_model", TINY, "--output", tmp_path / "out"]
+    done = subprocess.run([*map(str, command), "--format", "gguf"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: format is 'gguf': choose from qgsa, idefics3, smolvlm" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["256m", "500m"])
+@pytest.mark.slow
+def test_published_architectures_are_exported(size, tmp_path):
+    base = CHECKPOINTS / f"smolvlm-{size}-instruct"
+    if not base.exists():
+        pytest.skip(f"no {base.name}: its files are not part of the repository")
+    output = tmp_path / f"qgsa-smolvlm-{size}"
+    export.export(arguments("--base_model", base, "--random_weights", "--output", output))
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 49279
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
+        assert (output / name).read_bytes() == (base / name).read_bytes()
+    card = ModelCard.load(output / "README.md")
+    assert card.data.base_model is None and not card.data.eval_results
+    assert f"random weights of {base.name}" in card.text
+    config = QGSAConfig.from_pretrained(output)
+    assert selector_share(config) == selector_share(of_architecture(size))
+    model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
+    assert model.config.text_config.rope_parameters["rope_theta"] == 100000
+
+
+def test_the_committed_cards_are_those_of_the_results():
+    for path, content in committed_cards().items():
+        assert path.read_text() == str(render_card(content)) + "\n", f"{path.name}: python training/model_card.py"
+
+
+def test_the_committed_cards_hold_what_was_measured_and_no_more():
+    cards = {content.name: (ModelCard.load(path), content) for path, content in committed_cards().items()}
+    assert set(cards) == {"qgsa-smolvlm-256m", "qgsa-smolvlm-500m", "qgsa-smolvlm-tiny"}
+    for card, content in cards.values():
+        results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+        if content.accuracy is None:
+            assert "selector is untrained" in card.text and not results and "## Accuracy\n\nNot measured" in card.text
+            continue
+        (row,) = [row for row in content.accuracy["rows"] if row["system"] == "qgsa"]
+        assert results and all(value == row[kind] for kind, value in results.items())
+        for control in ("random", "centre", "blank-image"):
+            assert f"| {control} |" in card.text
+
+
+def test_a_changed_number_changes_the_card():
+    (content,) = [content for content in committed_cards().values() if content.accuracy]
+    before = str(render_card(content))
+    row = content.accuracy["rows"][-1]
+    row["accuracy"] += 0.01
+    changed = [line for line in str(render_card(content)).split("\n") if line not in before]
+    assert any(re.match(r"\| qgsa \|", line) for line in changed) and any("value:" in line for line in changed)
+
+
+def test_the_snippet_of_the_card_answers(folders, make_image):
+    card = (folders / "qgsa" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    scope = {"image": make_image(3), "question": "how many cards are there?"}
+    exec(code.replace("org/qgsa-tiny", str(folders / "qgsa")), scope)
+    assert scope["answer"].strip()
+
+
+@pytest.mark.parametrize("dataset, split", [("aokvqa", "validation"), ("refcoco", "test"), ("cards", "validation")])
+def test_a_card_names_the_split_and_the_rule_of_its_results(dataset, split):
+    (content,) = [content for content in committed_cards().values() if content.accuracy]
+    content.accuracy |= {"dataset": dataset, "split": split}
+    card = render_card(content)
+    assert f"questions of {dataset} ({split})" in card.text and f"scored by {SCORED_BY[dataset]}" in card.text
+    assert {result.dataset_split for result in card.data.eval_results} == {split}
+    content.accuracy["dataset"] = "mmmu"
+    with pytest.raises(ValueError, match="results are of 'mmmu'"):
+        render_card(content)
+    del content.accuracy["split"]
+    with pytest.raises(ValueError, match="results lack split"):
+        render_card(content)

@@ -1,0 +1,104 @@
+"""What torch counts is what the formula says, to 0.1 %."""
+
+import pytest
+import torch
+from transformers import Idefics3Config
+
+from modeling_qgsa.conversion_qgsa import config_of_dense
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.vision_qgsa import Views
+from training.costs.flops import (
+    answer_table,
+    count_flops,
+    estimate_flops,
+    format_tables,
+    paper_table,
+    selector_flops,
+    text_flops,
+    vision_flops,
+)
+
+
+BUDGET = {"min_visual_tokens": 20, "max_visual_tokens": 20}
+
+
+@pytest.fixture
+def inputs(prepare, make_image):
+    return prepare(("what shape is on the red card?", [make_image()]))
+
+
+def check(counted, expected):
+    for part in ("vision", "prefill", "decode", "total"):
+        assert counted[part] == pytest.approx(expected[part], rel=1e-3), part
+
+
+def test_dense(model, inputs):
+    length = inputs["input_ids"].shape[1]
+    check(count_flops(model, inputs, 5, selection="dense"), estimate_flops(model.config, 17, length, 5))
+
+
+@pytest.mark.parametrize("selection, tiles", [("before_encoder", 0), ("before_encoder", 3), ("after_encoder", 16)])
+def test_selection(model, inputs, selection, tiles):
+    options = {"selection": selection, "min_tiles": tiles, "max_tiles": tiles, **BUDGET}
+    length = model.select(**inputs, **options).keep_indices.shape[1]
+    question = int(inputs["question_mask"].sum())
+    expected = estimate_flops(model.config, 1 + tiles, length, 5, question)
+    check(count_flops(model, inputs, 5, **options), expected)
+
+
+def test_blocks(model, inputs):
+    options = {"selection": "blocks", "min_tiles": 2, "max_tiles": 2, **BUDGET}
+    selection = model.select(**inputs, **options)
+    with torch.no_grad():
+        prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"])
+        glance = model.model.glance_and_point(prompt, Views(inputs["pixel_values"]), inputs["question_mask"])
+        counts = model.model.choose("blocks", glance, torch.tensor([2]), torch.tensor([20])).sum(1).tolist()
+    whole, parts = counts.count(16), tuple(count for count in counts if 0 < count < 16)
+    assert parts and whole + len(parts) == 1 + int(selection.tiles)
+    length, question = selection.keep_indices.shape[1], int(inputs["question_mask"].sum())
+    expected = estimate_flops(model.config, whole, length, 5, question, parts)
+    check(count_flops(model, inputs, 5, **options), expected)
+
+
+def test_one_token_costs_what_all_weights_of_the_text_model_do(model):
+    text = model.config.text_config
+    weights = sum(p.numel() for n, p in model.named_parameters() if ("text_model.layers" in n and "proj" in n))
+    weights += text.vocab_size * text.hidden_size
+    assert text_flops(model.config, 1) == pytest.approx(2 * weights, rel=0.01)
+
+
+def test_the_papers_table():
+    """QGSA, table of cross-modal attention: 17 of the patches are left."""
+    rows = {row["pixels"]: row for row in paper_table()}
+    assert [row["patches"] for row in rows.values()] == [196, 441, 576, 784, 1296]
+    assert rows[224]["saved"] == pytest.approx(0.913, abs=5e-4) and rows[576]["saved"] == pytest.approx(
+        0.987, abs=5e-4
+    )
+    assert round(rows[384]["times"]) == 34 and round(rows[576]["times"]) == 76
+
+
+@pytest.fixture
+def published():
+    """The sizes of SmolVLM-256M."""
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    text |= {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280, "model_type": "llama"}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"image_size": 512, "patch_size": 16}
+    return config_of_dense(Idefics3Config(text_config=text, vision_config=vision, scale_factor=4))
+
+
+def test_the_published_tile_costs_214_gflops_and_the_selector_far_less_than_two_percent_of_it(published):
+    tile = vision_flops(published, [1024])
+    assert tile == pytest.approx(214e9, rel=0.01)
+    assert selector_flops(published, question=128, tiles=3) < 0.02 * tile
+
+
+def test_the_table_of_answers(published):
+    rows = {row["system"]: row["flops"] for row in answer_table(published)}
+    dense, after, before, blocks = rows.values()
+    assert dense["vision"] == after["vision"] == 17 * vision_flops(published, [1024])
+    assert before["vision"] * 17 == dense["vision"] * 3
+    assert before["cross_modal_attention"] * 17 * 64 == dense["cross_modal_attention"] * 17
+    assert blocks["total"] < before["total"] < after["total"] < dense["total"]
+    table = format_tables({"256m": published})
+    assert "| 576 | 1296 | 98.7% | 76 |" in table and "| 256m | dense | " in table

@@ -1,0 +1,202 @@
+"""Training of the tiny dense model: its stages, tower, words, and all of its steps in a few batches."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from training.data.cards import COLOURS, FIGURES, make_scene
+from training.standins.dense import (
+    Tiles,
+    Tower,
+    WordTrainer,
+    exact_match_by_family,
+    parse_stages,
+    train_dense,
+)
+from training.standins.lessons import Lessons, WordCollator
+
+
+# Stages
+
+
+def test_stages_are_read_in_order_and_rounded_to_whole_batches():
+    assert parse_stages("2x2:100 2x2,4x3:96", 48) == [([(2, 2)], 96), ([(2, 2), (4, 3)], 96)]
+    assert parse_stages("1x1:7", 7) == [([(1, 1)], 7)]
+
+
+@pytest.mark.parametrize("stage", ["4x4", "4:48", "4x4x4:48", "4x4:many", "4x4:48:1", "axb:48", "4x4,:48"])
+def test_stages_that_cannot_be_read_are_refused_by_name(stage):
+    with pytest.raises(ValueError, match=f"cannot read the stage '{stage}'"):
+        parse_stages(f"2x2:48 {stage}", 48)
+
+
+def test_a_stage_below_one_batch_is_refused():
+    with pytest.raises(ValueError, match="'4x4:47' is smaller than one batch of 48"):
+        parse_stages("4x4:47", 48)
+
+
+# Words
+
+
+def arguments(tmp_path, **changes):
+    return TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=50,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        **{"save_strategy": "no", "logging_steps": 1, **changes},
+    )
+
+
+def test_words_stand_where_visual_tokens_would(make_dense, processor, tmp_path, monkeypatch):
+    model = make_dense("idefics3")
+    inputs = WordCollator(processor)([Lessons("train", 2, 0, [(2, 2)], 2, drawn=False)[0]])
+    seen = {}
+
+    def forward(inputs_embeds, labels, **kwargs):
+        seen.update(embeddings=inputs_embeds, **kwargs)
+        return {"loss": inputs_embeds.sum()}
+
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    WordTrainer(model, arguments(tmp_path)).compute_loss(model, dict(inputs))
+    table, words = model.get_input_embeddings().weight, inputs["words"]
+    visual = seen["embeddings"][inputs["input_ids"] == processor.image_token_id]
+    assert len(visual) == len(words)
+    for vector, facts in zip(visual, words.tolist()):
+        expected = sum((table[word] for word in facts if word >= 0), torch.zeros_like(vector))
+        torch.testing.assert_close(vector, expected)
+    text = inputs["input_ids"] != processor.image_token_id
+    assert torch.equal(seen["embeddings"][text], table[inputs["input_ids"][text]])
+    assert torch.equal(seen["attention_mask"], inputs["attention_mask"])
+
+
+# Tower
+
+
+def test_tiles_say_what_is_on_them():
+    tiles = Tiles("train", 50, seed=0, kinds=(1, 0, 0))
+    for index in range(50):
+        tile = tiles[index]
+        assert tile["pixel_values"].shape == (3, 64, 64)
+        assert tile["pixel_values"].dtype == tile["labels"].dtype == torch.float32
+        assert tile["pixel_values"].min() >= -1 and tile["pixel_values"].max() <= 1
+        rng = np.random.default_rng((0, 0, index))
+        rng.choice(3, p=(1, 0, 0))
+        (card,) = make_scene(rng, "train", 1, 1)
+        expected = [name in (card.colour, card.figure) for name in (*COLOURS, *FIGURES)]
+        assert tile["labels"].tolist() == [expected] * 16
+        assert tile["together"]
+    assert torch.equal(tiles[3]["pixel_values"], Tiles("train", 50, 0, (1, 0, 0))[3]["pixel_values"])
+    assert not torch.equal(tiles[3]["pixel_values"], Tiles("validation", 50, 0, (1, 0, 0))[3]["pixel_values"])
+
+
+def test_empty_tiles_have_nothing_to_name():
+    empty = Tiles("train", 5, seed=0, kinds=(0, 1, 0))[0]
+    assert torch.equal(empty["labels"], torch.full((16, 16), 1 / 8))
+    assert empty["together"]
+
+
+def test_thumbnails_name_the_colour_of_each_place_and_no_figure():
+    nothing = [1 / 8] * 8
+    for index in range(20):
+        thumbnail = Tiles("train", 20, seed=0, kinds=(0, 0, 1))[index]
+        assert not thumbnail["together"]
+        rng = np.random.default_rng((0, 0, index))
+        rng.choice(3, p=(0, 0, 1))
+        colours = {(card.row, card.column): card.colour for card in make_scene(rng, "train", 4, 4)}
+        for cell, labels in enumerate(thumbnail["labels"].tolist()):
+            colour = colours.get(divmod(cell, 4))
+            assert labels[:8] == ([name == colour for name in COLOURS] if colour else nothing)
+            assert labels[8:] == nothing
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_tower_is_right_where_its_tokens_are_the_words(together, make_dense, monkeypatch):
+    model = make_dense("idefics3")
+    words = list(range(10, 26))
+    tower, names = Tower(model, words), model.get_input_embeddings().weight.detach()[words]
+    shown = (names[2] + names[8 + 5]).expand(1, 16, -1).clone()
+    shown[0, 7] = names[4] + names[8 + 1]
+    monkeypatch.setattr(tower.connector, "forward", lambda hidden: shown)
+    labels = torch.zeros(1, 16, 16)
+    labels[..., [2, 8 + 5]] = 1
+    pixels, flag = torch.zeros(1, 3, 64, 64), torch.tensor([together])
+    right = tower(pixels, flag, labels)
+    named = right["logits"][0, :, :8].argmax(1), right["logits"][0, :, 8:].argmax(1)
+    odd = torch.arange(16) == 7
+    assert torch.equal(named[0], torch.where(odd & (not together), 4, 2))
+    assert torch.equal(named[1], torch.where(odd & (not together), 1, 5))
+    assert right["loss"] < tower(pixels, flag, labels.roll(1, dims=-1))["loss"]
+    assert not tower.names.requires_grad
+
+
+def test_tokens_are_made_as_long_as_words(make_dense):
+    model = make_dense("idefics3")
+    tower, pixels = Tower(model, list(range(10, 26))).requires_grad_(False), torch.randn(3, 3, 64, 64)
+    before = tower.tokens(pixels)
+    tower.rescale(pixels)
+    after = tower.tokens(pixels)
+    words = model.get_input_embeddings().weight.detach()[10:26].norm(dim=1).mean()
+    assert float(after.norm(dim=-1).mean()) == pytest.approx(float(words) * 2**0.5, rel=1e-4)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(after, dim=-1), torch.nn.functional.normalize(before, dim=-1)
+    )
+
+
+# Training
+
+
+def test_exact_match_needs_every_token_of_the_answer():
+    dataset = [{"family": "open"}, {"family": "find"}, {"family": "open"}]
+    labels = np.array([[-100, -100, 5, 6], [-100, 7, 8, -100], [-100, -100, 5, 9]])
+    guesses = np.array([[1, 5, 6, 0], [7, 8, 3, 4], [1, 5, 6, 0]])
+    prediction = SimpleNamespace(predictions=guesses, label_ids=labels)
+    scores = exact_match_by_family(dataset)(prediction)
+    assert scores == {"exact_match": pytest.approx(2 / 3), "open": 0.5, "find": 1.0}
+
+
+def test_a_few_steps_of_all_three(make_dense, processor, tmp_path, capsys):
+    model = make_dense("idefics3")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
+    trained = train_dense(model, processor, args, "2x2:2", 64, "2x2:2 4x4:2", validation_size=4)
+    assert "names the figure on" in capsys.readouterr().out
+    after = dict(trained.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("vision_model.encoder", "connector", "text_model.layers", "lm_head"):
+        assert any(part in name for name in changed), part
+    assert not any(weight.requires_grad for weight in trained.model.vision_model.parameters())
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+
+
+def test_a_stopped_run_goes_on_where_it_was(make_dense, processor, tmp_path):
+    """Steps that were finished are loaded, not trained again; the result is that of the unbroken run."""
+
+    def run(folder, pictures):
+        torch.manual_seed(0)
+        args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1, max_steps=pictures, seed=3)
+        last = sorted((tmp_path / folder).glob("checkpoint-*"))
+        args.resume_from_checkpoint = str(last[-1]) if last else None
+        return train_dense(make_dense("idefics3"), processor, args, "2x2:4", 128, "2x2:4", validation_size=4)
+
+    unbroken = run("unbroken", 2)
+    words = tmp_path / "broken" / "words"
+    run("broken", 2)
+    for checkpoint in (tmp_path / "broken").glob("checkpoint-*"):
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    stamps = {path: path.stat().st_mtime_ns for path in words.rglob("*.safetensors")}
+    resumed = run("broken", 2)
+    assert stamps == {path: path.stat().st_mtime_ns for path in words.rglob("*.safetensors")}
+    for name, weight in unbroken.named_parameters():
+        torch.testing.assert_close(dict(resumed.named_parameters())[name], weight, msg=name)

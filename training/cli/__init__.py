@@ -1,0 +1,1 @@
+"""Command lines: options, presets, errors in one line."""

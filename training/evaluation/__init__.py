@@ -1,0 +1,1 @@
+"""Systems, answers, grades, tables and figures."""

@@ -1,0 +1,1 @@
+"""The training proper: trainer, losses, teachers, and what a run leaves behind."""

@@ -1,0 +1,48 @@
+"""Vision features of training images, encoded once: the encoder is frozen, and it is nine tenths of a step."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from modeling_qgsa.vision_qgsa import Views
+from training.evaluation.systems import layout_of
+from training.learning.store import TensorStore, digest
+
+
+def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> TensorStore:
+    """The store of what the encoder of `model` makes of the images of `processor`.
+
+    Raises ValueError for a folder that was made with other weights, another type of them, or another image processor.
+    """
+    encoder = [*model.model.vision_model.state_dict().values(), *model.model.connector.state_dict().values()]
+    maker = {
+        "encoder": digest(*encoder),
+        "dtype": str(encoder[0].dtype),
+        "image processor": hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest(),
+    }
+    return TensorStore(folder, maker, max_bytes)
+
+
+@torch.no_grad()
+def with_features(store: TensorStore, model, inputs: dict) -> dict:
+    """`inputs` with the features of all tiles, `image_hidden_states` `(T, P, D)`, in the place of the pixels.
+
+    A sample's features are known by its pixels; what is not in the store is encoded, all of it at once, and kept.
+    """
+    layout = layout_of(model.config, inputs["input_ids"])
+    counts = torch.bincount(layout.tile_sample, minlength=len(inputs["input_ids"])).tolist()
+    pixels = [inputs[name] for name in ("pixel_values", "pixel_attention_mask") if inputs.get(name) is not None]
+    keys = [digest(*(part[sample, :count] for part in pixels)) for sample, count in enumerate(counts)]
+    found = [store.get(key) for key in keys]
+    new = [sample for sample, features in enumerate(found) if features is None]
+    if new:
+        views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
+        tiles = torch.isin(layout.tile_sample, torch.tensor(new, device=layout.tile_sample.device))
+        encoded = model.model.encode_tiles(views, layout, tiles).split([counts[sample] for sample in new])
+        for sample, features in zip(new, encoded):
+            found[sample] = features
+            store.put(keys[sample], features)
+    features = torch.cat([part.to(layout.tile_sample.device) for part in found])
+    rest = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
+    return {**rest, "image_hidden_states": features}

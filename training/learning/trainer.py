@@ -1,0 +1,234 @@
+"""HF Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import splice, tile_relevance
+from training.learning.feature_cache import with_features
+from training.learning.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
+from training.learning.store import TensorStore
+from training.learning.teachers import cheapest_sufficient, tile_utility, visual_attention
+
+
+@dataclass
+class QGSATrainingArguments(TrainingArguments):
+    """Arguments of Trainer and of the losses of selection."""
+
+    start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
+    end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
+    answer_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the answer loss through the relaxed selection."}
+    )
+    utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
+    utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
+    attention_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the attention teacher; 0 leaves it out."}
+    )
+    attention_share: float = field(
+        default=0.25, metadata={"help": "Share of a batch that the attention teacher is asked about: it is costly."}
+    )
+    neutral_question: str | None = field(
+        default=None,
+        metadata={
+            "help": "The attention teacher's attention is divided by that under this question, if one is given."
+        },
+    )
+    contrastive_weight: float = field(
+        default=0.0, metadata={"help": "Weight of contrastive patch selection; 0 leaves it out."}
+    )
+    patch_word_weight: float = field(
+        default=0.0, metadata={"help": "Weight of patch-word alignment with a frozen CLIP; 0 leaves it out."}
+    )
+    patch_word_temperature: float = field(
+        default=0.5, metadata={"help": "Softmax temperature over CLIP's similarity of cells and words."}
+    )
+    complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
+    complexity_learning_rate: float = field(
+        default=3e-3, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
+    )
+    adapter_learning_rate: float = field(
+        default=3e-4, metadata={"help": "Learning rate of the LoRA adapters; learning_rate is the selector's."}
+    )
+    complexity_start: float = field(
+        default=0.4,
+        metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
+    )
+    complexity_tolerance: float = field(
+        default=0.1,
+        metadata={"help": "A budget suffices when the mean p of the answer's tokens is at most this far below dense."},
+    )
+    target_visual_tokens: float | None = field(
+        default=None, metadata={"help": "Mean visual tokens an image to hold; what the questions need without it."}
+    )
+    budget_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from that target."})
+
+
+class QGSATrainer(Trainer):
+    """Trainer whose loss is the answer's, through the relaxed selection of a random budget, and those of the teachers.
+
+    Utility teaches which tiles to look at, attention which tokens to keep (and the tiles, where there is no utility),
+    the cheapest sufficient budget how much. Contrast and CLIP are further teachers of where.
+
+    Args (those that Trainer has not):
+        feature_cache: of `open_feature_cache`; without it every image is encoded every time.
+        neutral_ids: tokens of `args.neutral_question`.
+
+    The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
+    Raises ValueError for a model without a selection to train, an `attention_share` that is none, a target outside of
+    the budget, several GPUs in one process, and as soon as a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model,
+        args: QGSATrainingArguments,
+        feature_cache: TensorStore | None = None,
+        neutral_ids: tuple[int, ...] = (),
+        **kwargs,
+    ):
+        if model.config.selection == "dense":
+            raise ValueError('selection is "dense": the trainer has no selection to train')
+        if not 0 < args.attention_share <= 1:
+            raise ValueError(f"attention_share is {args.attention_share}: it has to be above 0 and at most 1")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one each with torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        config, target = model.config, args.target_visual_tokens
+        if target is not None and not config.min_visual_tokens <= target <= config.max_visual_tokens:
+            raise ValueError(
+                f"target_visual_tokens is {target}: it has to be within min_visual_tokens {config.min_visual_tokens} "
+                f"and max_visual_tokens {config.max_visual_tokens}"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        self.feature_cache, self.neutral_ids = feature_cache, neutral_ids
+        self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
+
+    def create_optimizer(self, *args, **kwargs):
+        """Trainer's optimizer, with learning rates of their own for the complexity estimator and the adapters."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = {
+            ".complexity_estimator.": self.args.complexity_learning_rate,
+            ".lora_": self.args.adapter_learning_rate,
+        }
+        for part, rate in rates.items():
+            own = {weight for name, weight in self.model.named_parameters() if part in name}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if weight in own]
+                if moved:
+                    group["params"] = [weight for weight in group["params"] if weight not in own]
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    def progress(self) -> float:
+        """Share of the steps that are done, 0 to 1."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def temperature(self) -> float:
+        """Gumbel temperature of the current step."""
+        fall = self.args.end_temperature / self.args.start_temperature
+        return self.args.start_temperature * fall ** self.progress()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        inputs = dict(inputs)
+        patch_words = inputs.pop("patch_words", None)
+        if self.feature_cache is not None and "pixel_values" in inputs:
+            inputs = with_features(self.feature_cache, base, inputs)
+        outputs = model(**inputs, gumbel_temperature=self.temperature())
+        if outputs.glance is None:  # no image in the whole batch
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        glance, features = outputs.glance, outputs.image_hidden_states
+        prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
+        losses = {"answer_loss": self.args.answer_weight * outputs.loss}
+        losses |= self.teacher_losses(base, glance, features, prompt)
+        losses |= self.grounding_losses(base.model.selector, glance, prompt, patch_words)
+        losses |= self.budget_losses(base, glance, features, prompt)
+        # The estimator is used before it is taught, and DDP waits for a gradient of all that was used.
+        loss = sum(losses.values()) + 0 * glance.complexity_logits.sum()
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
+        if self.state.global_step % self.args.logging_steps == 0:
+            self.log_losses(losses, Budget.of(base.config), glance)
+        return (loss, outputs) if return_outputs else loss
+
+    def log_losses(self, losses: dict[str, torch.Tensor], budget: Budget, glance):
+        """Log the losses by name and the budget that would be used now: their means over all processes."""
+        tiles, tokens = budget.resolve(glance.complexity)
+        values = losses | {"tiles": tiles.float().mean(), "visual_tokens": tokens.float().mean()}
+        means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
+        self.log(dict(zip(values, (round(mean, 4) for mean in means.tolist()))))
+
+    def teacher_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """Where to look, from answers: utility and attention. `features` `(T, P, D)` are those of every tile."""
+        args, losses, layout = self.args, {}, glance.layout
+        mass = tile_relevance(glance.relevance.exp(), layout)
+        if args.utility_weight:
+            utility = tile_utility(model, glance, features, prompt)
+            losses["utility_loss"] = args.utility_weight * utility_loss(
+                mass, utility, layout, args.utility_temperature
+            )
+        if args.attention_weight:
+            asked = math.ceil(args.attention_share * len(prompt.input_ids))
+            match = model.model.selector.match_tokens(
+                glance.question_state[layout.tile_image], features, layout.is_global
+            )
+            attention = visual_attention(model, glance, features, prompt, asked, self.neutral_ids)
+            loss = attention_loss(match, attention, layout)
+            if not args.utility_weight:
+                of_tiles = attention.sum(1).log().masked_fill(layout.is_global, float("-inf"))
+                loss = loss + utility_loss(mass, of_tiles, layout, temperature=1.0)
+            losses["attention_loss"] = args.attention_weight * loss
+        return losses
+
+    def grounding_losses(self, selector, glance, prompt: Prompt, patch_words) -> dict[str, torch.Tensor]:
+        """Where to look, from pictures and words alone: contrast and CLIP (QGSA, self-supervised grounding)."""
+        args, losses = self.args, {}
+        if args.contrastive_weight:
+            query = selector.query(glance.question_state).chunk(2, dim=-1)[1]
+            keys = selector.glance_key(selector.glance_norm(glance.features))
+            words = prompt.input_ids[glance.layout.image_sample].masked_fill(~glance.question_mask, -1)
+            (words,), _ = splice(glance.question_mask, (words, -1))
+            same = (words[:, None] == words[None]).all(-1)
+            losses["contrastive_loss"] = args.contrastive_weight * contrastive_loss(
+                query, keys, glance.relevance, same
+            )
+        if args.patch_word_weight:
+            similarity = patch_words[glance.layout.image_sample]
+            losses["patch_word_loss"] = args.patch_word_weight * patch_word_loss(
+                glance.relevance, similarity, args.patch_word_temperature
+            )
+        return losses
+
+    def budget_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """How much to look at: the cheapest sufficient budget, and the mean that is to be held."""
+        args, losses, config = self.args, {}, model.config
+        if self.progress() < args.complexity_start:
+            return losses
+        logits = glance.complexity_logits
+        if args.complexity_weight:
+            with torch.no_grad():
+                scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+            level = cheapest_sufficient(
+                model, glance, features, scores, prompt, Budget.of(config), args.complexity_tolerance
+            )
+            losses["complexity_loss"] = args.complexity_weight * cross_entropy(logits, level)
+        if args.target_visual_tokens is not None:
+            losses["budget_loss"] = args.budget_weight * budget_loss(
+                logits,
+                config.complexity_quantile,
+                config.min_visual_tokens,
+                config.max_visual_tokens,
+                args.target_visual_tokens,
+            )
+        return losses

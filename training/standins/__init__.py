@@ -1,0 +1,1 @@
+"""Tiny stand-ins for SmolVLM and CLIP, trained from scratch."""

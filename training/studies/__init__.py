@@ -1,0 +1,1 @@
+"""Studies on cards whose results are committed."""
