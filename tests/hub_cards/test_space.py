@@ -1,6 +1,6 @@
 """The Space: what `ask` returns, and the page in a browser.
 
-`QGSA_SCREENSHOT=hub_cards/space/screenshot.png pytest tests/hub_cards/test_space.py` renews the screenshot of its card.
+`QGSA_SCREENSHOT=hub_cards/space/screenshot.png pytest tests/hub_cards/test_space.py` renews its screenshot.
 """
 
 import importlib.util

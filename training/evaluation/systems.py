@@ -289,8 +289,8 @@ def evaluate_systems(
 ) -> list[dict]:
     """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with.
 
-    `scoring` is the name of the data set whose rules say what is right, see `training/evaluation/grading.py`; its own metric
-    is in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
+    `scoring` is the name of the data set whose rules say what is right, see `training/evaluation/grading.py`; its
+    own metric is in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
     """
     everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed, share_features)
     rows, dense = [], None

@@ -10,7 +10,7 @@ def test_folders_that_are_not_there_are_named(name, tmp_path, monkeypatch):
     for folder in ("outputs", "hub_cards"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"^{name} is no folder here"):
+    with pytest.raises(ValueError, match=f"^{name} is neither a local folder nor a Hub id"):
         check_source(name)
 
 
