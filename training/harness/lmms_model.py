@@ -1,9 +1,10 @@
-"""QGSA-SmolVLM as a model of lmms-eval, named `qgsa_smolvlm`; lmms-eval finds it where this project is installed.
+"""QGSA-SmolVLM as a model of lmms-eval, named `qgsa_smolvlm`.
 
-    python -m lmms_eval --model qgsa_smolvlm --model_args pretrained=FOLDER,max_tiles=4,max_visual_tokens=64 \\
+    python training/harness/run_lmms_eval.py --model qgsa_smolvlm --model_args pretrained=FOLDER,max_tiles=4 \\
         --tasks qgsa_cards --include_path training/harness/lmms_eval_tasks --batch_size 16 --limit 32
 
-The tasks that come with lmms-eval can be asked as well, as long as they show images.
+Registered by that script and not by an entry point: `training` is not part of the wheel, and one entry point that
+cannot be imported makes lmms-eval skip those of other projects as well.
 """
 
 import torch
@@ -19,20 +20,20 @@ from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
 
 
-MAX_NEW_TOKENS = 1024  # where a task does not say, as for lmms-eval's own models
+MAX_NEW_TOKENS = 1024  # if the task sets none, as in lmms-eval's own models
 MANIFEST = ModelManifest("qgsa_smolvlm", chat_class_path="training.harness.lmms_model.QGSASmolVLM")
 
 
 class QGSASmolVLM(lmms):
-    """Answers greedily, on pixels of PIL as our evaluation does.
+    """Greedy answers, with images processed by PIL as in our evaluation.
 
     Args:
-        pretrained: a QGSA checkpoint, Hub id or folder. The code is that of this project, not the checkpoint's own.
-        batch_size: questions asked at once.
+        pretrained: a QGSA checkpoint, Hub id or folder. It runs with this project's code, not the checkpoint's own.
+        batch_size: number of questions per batch.
         device: such as `"cuda:1"`; by default this process's GPU, or the CPU.
         budget: overrides of the checkpoint's selection and budgets, such as `max_tiles=4`; see `QGSAConfig`.
 
-    Raises TypeError for an unknown budget and ValueError for one that cannot be kept.
+    Raises TypeError for an unknown budget option, ValueError for an invalid budget.
     """
 
     is_simple = False  # takes chat messages
@@ -49,13 +50,13 @@ class QGSASmolVLM(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers to chat requests, in their order.
 
-        `max_new_tokens` of a task is followed; `until` is not, since the model ends its answers itself.
-        Raises ValueError for a task that shows video or sound.
+        Follows the `max_new_tokens` of a task, but not its `until`: the model ends its answers itself.
+        Raises ValueError for a task with video or audio.
         """
         order = Collator(
             [request.args for request in requests],
-            sort_fn=lambda arguments: arguments[3],  # the document's number
-            group_fn=lambda arguments: arguments[2],  # the generation options, which a batch has in common
+            sort_fn=lambda arguments: arguments[3],  # document index
+            group_fn=lambda arguments: arguments[2],  # generation options, shared by a batch
             grouping=True,
         )
         answers = []
@@ -74,10 +75,10 @@ class QGSASmolVLM(lmms):
         """The answers to a batch of conversations, at most `max_new_tokens` tokens each."""
         images = []
         for conversation in conversations:
-            shown, *others = conversation.extract_media()
-            if any(others):
-                raise ValueError("the task shows video or sound, and qgsa_smolvlm takes images alone")
-            images.append(shown)
+            conversation_images, *other_media = conversation.extract_media()
+            if any(other_media):
+                raise ValueError("the task has video or audio: qgsa_smolvlm only takes images")
+            images.append(conversation_images)
         texts = [
             self.processor.apply_chat_template(conversation.to_hf_messages(), add_generation_prompt=True)
             for conversation in conversations
@@ -94,9 +95,9 @@ class QGSASmolVLM(lmms):
         return [text.strip() for text in texts]
 
     def loglikelihood(self, requests: list[Instance]):
-        """Not offered: the tasks of `training/harness` ask for answers."""
-        raise NotImplementedError("qgsa_smolvlm answers questions (generate_until), and gives no likelihoods")
+        """Not supported: the tasks of `training/harness` only generate."""
+        raise NotImplementedError("qgsa_smolvlm only generates (generate_until): it does not support loglikelihood")
 
     def generate_until_multi_round(self, requests: list[Instance]):
-        """Not offered, as above."""
-        raise NotImplementedError("qgsa_smolvlm answers questions (generate_until), in one round")
+        """Not supported: the tasks of `training/harness` have a single round."""
+        raise NotImplementedError("qgsa_smolvlm only generates in one round (generate_until)")
