@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-import training.data.load
+import training.data.aokvqa
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
-from training.data.load import DATASETS, load_data
+from training.data.sets import DATASETS, load_data
 from training.learning.trainer import QGSATrainingArguments
 from training.standins.dense import parse_stages
 
@@ -115,10 +115,10 @@ def test_every_preset_is_understood(name, parse):
 
 def test_data_that_is_not_there(parse):
     for fields, complaint in (
-        ({"dataset": "imagenet"}, "dataset is 'imagenet': choose from cards, vqa_rad, aokvqa, refcoco"),
+        ({"dataset": "imagenet"}, r"dataset \('imagenet'\): choose from cards, vqa_rad, aokvqa, refcoco"),
         ({"dataset": "aokvqa", "train_split": "test", "data_dir": "."}, "not published"),
-        ({"dataset": "cards", "eval_split": "val"}, "split is 'val'"),
-        ({"dataset": "vqa_rad", "data_dir": "nowhere"}, "there is no folder nowhere"),
+        ({"dataset": "cards", "eval_split": "val"}, r"split \('val'\)"),
+        ({"dataset": "vqa_rad", "data_dir": "nowhere"}, "folder nowhere not found"),
     ):
         _, run, _ = parse(*(part for name, value in fields.items() for part in (f"--{name}", value)))
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
@@ -127,7 +127,8 @@ def test_data_that_is_not_there(parse):
 
 def test_difficult_direct_answers_are_not_asked(parse, monkeypatch):
     class Rows(torch.utils.data.Dataset):
-        rows = [{"difficult": False}, {"difficult": True}, {"difficult": False}]
+        def __init__(self, data_dir, split, form):
+            self.rows = [{"form": form, "difficult": difficult} for difficult in (False, True, False)]
 
         def __len__(self):
             return 3
@@ -135,7 +136,7 @@ def test_difficult_direct_answers_are_not_asked(parse, monkeypatch):
         def __getitem__(self, index):
             return index
 
-    monkeypatch.setattr(training.data.load, "load_aokvqa", lambda *arguments: Rows())
+    monkeypatch.setattr(training.data.aokvqa, "load_aokvqa", Rows)
     asked = {}
     for form in ("multiple_choice", "direct_answer"):
         _, run, _ = parse("--preset", "aokvqa_256m", "--form", form)

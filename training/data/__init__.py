@@ -1,1 +1,1 @@
-"""Data sets: `cards` (generated) and `vqa_rad`, each a map-style data set of question samples."""
+"""Visual question answering data sets, one file each, and the collator that turns their samples into model inputs."""

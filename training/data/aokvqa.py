@@ -1,7 +1,9 @@
-"""A-OKVQA: questions about everyday pictures that take knowledge of the world, as multiple choice or answered freely.
+"""A-OKVQA: questions about everyday photos that require world knowledge, as multiple choice or with direct answers.
 
 The source is `HuggingFaceM4/A-OKVQA` on the Hub (17056 train and 1145 validation questions), or a folder of parquet
-files of the same columns. The prompts are those of the SmolVLM authors' own evaluation in VLMEvalKit.
+files with the same columns. The prompts are those of the SmolVLM authors' own evaluation in VLMEvalKit.
+
+Paper: Schwenk et al., "A-OKVQA: A Benchmark for Visual Question Answering using World Knowledge", ECCV 2022.
 """
 
 import ast
@@ -10,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from training.data.arguments import DataArguments
+from training.data.dataset import VQADataset
 from training.data.rows import (
     BRIEF_ANSWER,
     Questions,
@@ -19,6 +23,7 @@ from training.data.rows import (
     report_skipped,
     usable_rows,
 )
+from training.metrics.aokvqa.aokvqa import aokvqa_metric, chosen, direct_answer_accuracy
 
 
 HUB_ID = "HuggingFaceM4/A-OKVQA"
@@ -37,7 +42,7 @@ COLUMNS = (
 
 
 def read_texts(value) -> list[str]:
-    """The texts of a list, or of a string that holds one as a Python literal; [] for anything else."""
+    """The texts in a list, or in a string with a Python literal of a list; [] for anything else."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip())
@@ -49,13 +54,13 @@ def read_texts(value) -> list[str]:
 
 
 def multiple_choice_question(question: str, choices: list[str]) -> str:
-    """The question, its choices behind their letters, and the request for a letter, each on its own line."""
+    """The question, its lettered choices and the request for a letter, each on its own line."""
     options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices)]
     return "\n".join([question, "Choices:", *options, "Answer with the letter."])
 
 
 def most_frequent(answers: list[str]) -> str:
-    """The answer that most annotators gave, of several the first."""
+    """The answer that most annotators gave; the first one if several tie."""
     return Counter(answers).most_common(1)[0][0]
 
 
@@ -99,32 +104,29 @@ def load_aokvqa(data_dir: str | Path | None = None, split: str = "train", form: 
     """Load one split of A-OKVQA.
 
     Args:
-        data_dir: folder with `<split>*.parquet`, in itself or in `data/`; without it the set comes from the Hub.
+        data_dir: folder with `<split>*.parquet`, directly or in `data/`; None loads from the Hub.
         split: `"train"` or `"validation"`.
         form: `"multiple_choice"`, answered with a letter, or `"direct_answer"`, answered with the most frequent of the
             annotators' ten answers.
 
-    Each item is a dict with the keys of a cards sample: `question_id` (str), `image` (PIL, RGB, in its own size),
+    Each item is a dict with the keys of a cards sample: `question_id` (str), `image` (PIL, RGB, original size),
     `question` (the prompt), `answer`, `choices` (four, or none for a direct answer), `family` (the form),
-    `tiles_needed` (`"unknown"`) and `boxes` (empty: the set has none); and with what the metric needs:
-    `correct_choice` (int from 0, -1 for a direct answer), `direct_answers` (list of str, empty for multiple choice)
-    and `difficult` (bool, whether its direct answer is marked so).
+    `tiles_needed` (`"unknown"`) and `boxes` (empty: none are annotated). The metric also needs `correct_choice` (int
+    from 0, -1 for a direct answer), `direct_answers` (list of str, empty for multiple choice) and `difficult` (bool,
+    whether the direct answer is marked as difficult).
 
-    `.rows` holds the usable rows without their images, with both forms' answers. Every image is read once here; rows
-    that cannot be used are left out, counted in `.skipped` and reported in one warning.
+    `.rows` holds the usable rows without their images, with the answers of both forms. Every image is read once;
+    unusable rows are left out, counted in `.skipped` and reported in one warning.
 
-    Raises ValueError for an unknown `split` or `form` and a missing column, FileNotFoundError for a missing folder and
-    where it has no files of the split.
+    Raises ValueError for an unknown `split` or `form` or a missing column, FileNotFoundError for a missing folder or a
+    folder without files of the split.
     """
     if split == "test":
-        raise ValueError(
-            f"split is 'test', whose answers are not published, so that it cannot be scored: choose from "
-            f"{', '.join(SPLITS)}"
-        )
+        raise ValueError(f"split ('test'): its answers are not published; choose from {', '.join(SPLITS)}")
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
+        raise ValueError(f"split ({split!r}): choose from {', '.join(SPLITS)}")
     if form not in FORMS:
-        raise ValueError(f"form is {form!r}: choose from {', '.join(FORMS)}")
+        raise ValueError(f"form ({form!r}): choose from {', '.join(FORMS)}")
     find_image = TableImages()
     rows = [
         {
@@ -142,3 +144,37 @@ def load_aokvqa(data_dir: str | Path | None = None, split: str = "train", form: 
     usable, skipped = usable_rows(rows, find_image, _row_problem)
     report_skipped(f"A-OKVQA {split} ({form})", len(rows), skipped)
     return Questions(usable, find_image, _make_sample, skipped)
+
+
+def _load(arguments: DataArguments, split: str, seed: int) -> Questions:
+    return load_aokvqa(arguments.data_dir, split, arguments.form)
+
+
+def _grade(prediction: str, sample: dict) -> float:
+    """Multiple choice by the choice that is named, direct answers by min(1, matches / 3) over the ten annotators."""
+    if sample["choices"]:
+        return float(chosen(prediction, sample["choices"]) == sample["correct_choice"])
+    return direct_answer_accuracy(prediction, sample["direct_answers"])
+
+
+def _metric(predictions: list[str], samples: list[dict], kept: list[list]) -> dict:
+    names = ("choices", "correct_choice", "direct_answers", "difficult")
+    return aokvqa_metric(predictions, *([sample[name] for sample in samples] for name in names))
+
+
+def _is_evaluated(row: dict) -> bool:
+    """Difficult direct answers are not evaluated, following the benchmark."""
+    return not (row["form"] == "direct_answer" and row["difficult"])
+
+
+AOKVQA = VQADataset(
+    name="aokvqa",
+    hub_id=HUB_ID,
+    eval_split="validation",
+    eval_size=1145,
+    load=_load,
+    grade=_grade,
+    graded_by="the choice that is named, or min(1, matches / 3) over ten annotators",
+    metric=_metric,
+    is_evaluated=_is_evaluated,
+)

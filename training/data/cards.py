@@ -1,7 +1,7 @@
-"""Cards: a generated visual question answering benchmark whose answers lie in the high-resolution tiles.
+"""Cards: a generated visual question answering benchmark whose answers are only visible in the high-resolution tiles.
 
-Coloured cards lie on a cluttered canvas, at most one to a tile. The colour of a card can be told from the thumbnail,
-the figure on it cannot. The question families follow three real data sets, and differ in how many tiles they need:
+Coloured cards lie on a cluttered canvas, at most one per tile. The thumbnail shows the colour of a card, but not the
+figure on it. The question families follow three real data sets and differ in the number of tiles that they need:
 
 =========  =========================================  ==================  ======  =======================
 family     question                                   answer              tiles   modelled on
@@ -17,7 +17,7 @@ locate     where is the card with the star?           row 2 column 3      many  
 =========  =========================================  ==================  ======  =======================
 
 Everything is a pure function of (seed, split, index). The splits differ in their random stream and in their layouts:
-every set of occupied tiles belongs to exactly one split. The boxes are there for scoring, never for training.
+every set of occupied tiles belongs to exactly one split. Boxes serve evaluation only, never training.
 """
 
 import zlib
@@ -28,6 +28,9 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+
+from training.data.arguments import DataArguments
+from training.data.dataset import VQADataset
 
 
 COLOURS = {
@@ -43,7 +46,7 @@ COLOURS = {
 FIGURES = ("circle", "square", "triangle", "diamond", "cross", "star", "heart", "moon")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
-FAMILIES = {  # family -> (how many high-resolution tiles it needs, share of the questions)
+FAMILIES = {  # family -> (number of high-resolution tiles needed, share of the questions)
     "count": ("none", 0.10),
     "presence": ("none", 0.10),
     "refer": ("none", 0.10),
@@ -54,10 +57,10 @@ FAMILIES = {  # family -> (how many high-resolution tiles it needs, share of the
     "locate": ("many", 0.10),
 }
 SPLITS = ("train", "validation", "test")
-LAYOUT_SHARES = {"validation": range(0, 10), "test": range(10, 30), "train": range(30, 100)}  # per cent of the layouts
+LAYOUT_SHARES = {"validation": range(0, 10), "test": range(10, 30), "train": range(30, 100)}  # percentages
 
 TILE = 64
-FIGURE_AREA = 150.0  # px of ink, equal for all figures, so that a thumbnail cannot tell them by their darkness
+FIGURE_AREA = 150.0  # px of ink, equal for all figures: a thumbnail cannot tell them apart by their darkness
 FIGURE_SIZE = 24
 MAX_CARDS = 7
 
@@ -77,7 +80,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class Card:
-    """One card: its tile (row, column, from 0), its box in px of the canvas, its colour and its figure."""
+    """One card: its tile (row and column, from 0), its box in canvas px, its colour and its figure."""
 
     row: int
     column: int
@@ -88,7 +91,7 @@ class Card:
 
 @lru_cache
 def figure_mask(figure: str) -> np.ndarray:
-    """The ink of a figure, `(24, 24)` float32 in 0..1, drawn at 8 times the size and scaled to `FIGURE_AREA`."""
+    """The ink of a figure, `(24, 24)` float32 from 0 to 1, drawn at 8 times its size and scaled to `FIGURE_AREA`."""
     unit = _draw_figure(figure, 512, 160.0)
     scale = np.sqrt(FIGURE_AREA / (np.asarray(unit, np.float32).mean() / 255 * 64**2))
     drawn = _draw_figure(figure, FIGURE_SIZE * 8, 160.0 * scale)
@@ -96,7 +99,7 @@ def figure_mask(figure: str) -> np.ndarray:
 
 
 def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
-    """Draw one figure around the centre of a `size` px canvas, at 8 px for each px of the card."""
+    """Draw one figure around the centre of a `size` px canvas, at 8 px per card px."""
     image, centre = Image.new("L", (size, size), 0), size / 2
     draw = ImageDraw.Draw(image)
     radius = radius / 2
@@ -138,15 +141,15 @@ def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
 
 
 def layout_split(tiles: frozenset[int], rows: int, columns: int) -> str:
-    """The split that owns a layout: a set of occupied tiles on a canvas of `rows` x `columns`."""
+    """The split that owns a layout, a set of occupied tiles on a canvas of `rows` x `columns` tiles."""
     bucket = zlib.crc32(repr((rows, columns, sorted(tiles))).encode()) % 100
     return next(split for split, share in LAYOUT_SHARES.items() if bucket in share)
 
 
 def make_scene(rng: np.random.Generator, split: str, rows: int = 4, columns: int = 4) -> tuple[Card, ...]:
-    """Two to seven cards (one or two on a canvas too small for more) of different colours, in a layout of `split`.
+    """Two to seven cards of different colours in a layout of `split`; fewer on a canvas with fewer tiles.
 
-    A canvas of fewer than eight tiles, which only the lessons use, has too few layouts to share out.
+    Only the lessons use canvases of fewer than eight tiles: these have too few layouts to divide between splits.
     """
     highest = min(MAX_CARDS, rows * columns)
     while True:
@@ -168,7 +171,7 @@ def make_scene(rng: np.random.Generator, split: str, rows: int = 4, columns: int
 
 
 def render(rng: np.random.Generator, cards: tuple[Card, ...], rows: int = 4, columns: int = 4) -> np.ndarray:
-    """Draw the scene on grey clutter: `(rows * 64, columns * 64, 3)` uint8."""
+    """Draw the cards on a cluttered background: `(rows * 64, columns * 64, 3)` uint8."""
     height, width = rows * TILE, columns * TILE
     canvas = np.empty((height, width, 3), np.float32)
     canvas[:] = rng.uniform(90, 190)
@@ -189,7 +192,7 @@ def render(rng: np.random.Generator, cards: tuple[Card, ...], rows: int = 4, col
 
 
 def place(card: Card) -> str:
-    """The tile of a card in words, counted from 1."""
+    """The tile of a card in words, with row and column counted from 1."""
     return f"row {card.row + 1} column {card.column + 1}"
 
 
@@ -199,9 +202,10 @@ def _unique_figures(cards):
 
 
 def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> dict | None:
-    """Ask one question of `family` about `card`, or None where the scene does not allow it.
+    """Make a question of `family` about `card`, or return None if the scene does not allow one.
 
-    Returns a dict with `question`, `answer`, `choices` (empty but for multiple choice) and `boxes` (float px).
+    Returns a dict with `question`, `answer`, `choices` (empty except for multiple choice) and `boxes` (float px).
+    Raises ValueError for an unknown family.
     """
     boxes, choices = [list(map(float, card.box))], []
     if family == "count":
@@ -235,30 +239,30 @@ def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> d
     elif family == "locate":
         question, answer = f"where is the card with the {card.figure}?", place(card)
     else:
-        raise ValueError(f"unknown family {family!r}: choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"family ({family!r}): choose from {', '.join(FAMILIES)}")
     return {"question": question, "answer": answer, "choices": choices, "boxes": boxes}
 
 
 class Cards(torch.utils.data.Dataset):
-    """The cards benchmark as a map-style data set; every sample is made anew from its index.
+    """The cards benchmark as a map-style data set that generates every sample from its index.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
         size: number of samples.
-        seed: of the whole benchmark; the default is the published one.
-        rows, columns: the canvas in tiles. 4 x 4 is the benchmark.
+        seed: seed of the benchmark; 0 is the published one.
+        rows, columns: canvas size in tiles, 1 to 4; the benchmark has 4 x 4.
 
-    Each item is a dict with `question_id`, `image` (PIL, RGB), and `question`, `answer`, `choices`, `family`,
-    `tiles_needed`, `boxes` (`[x0, y0, x1, y1]` in px, for scoring only).
+    Each item is a dict with `question_id` (int), `image` (PIL, RGB), `question`, `answer`, `choices`, `family`,
+    `tiles_needed` and `boxes` (`[x0, y0, x1, y1]` in px, for evaluation only).
 
-    Raises ValueError for an unknown split, or a canvas outside 1..4 tiles.
+    Raises ValueError for an unknown split or canvas size, IndexError for an index out of range.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, rows: int = 4, columns: int = 4):
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}: choose from {', '.join(SPLITS)}")
+            raise ValueError(f"split ({split!r}): choose from {', '.join(SPLITS)}")
         if not (1 <= rows <= 4 and 1 <= columns <= 4):
-            raise ValueError(f"the canvas is {rows} x {columns} tiles: each side has to be within 1 and 4")
+            raise ValueError(f"canvas ({rows} x {columns} tiles): each side must have 1 to 4 tiles")
         self.split, self.size, self.seed = split, size, seed
         self.rows, self.columns = rows, columns
 
@@ -267,7 +271,7 @@ class Cards(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.size:
-            raise IndexError(f"index {index} is outside of the {self.size} samples")
+            raise IndexError(f"index ({index}) is out of range for {self.size} samples")
         key = (self.seed, SPLITS.index(self.split), self.rows, self.columns, index)
         rng = np.random.default_rng(key)
         families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
@@ -283,7 +287,7 @@ class Cards(torch.utils.data.Dataset):
 
 
 def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets.Dataset:
-    """The benchmark as a `datasets.Dataset` with `FEATURES`, written to the `datasets` cache once."""
+    """The benchmark as a `datasets.Dataset` with `FEATURES`, generated once and kept in the `datasets` cache."""
 
     def generate(split, size, seed):
         yield from (dict(sample) for sample in Cards(split, size, seed))
@@ -291,3 +295,24 @@ def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets
     return datasets.Dataset.from_generator(
         generate, features=FEATURES, gen_kwargs={"split": split, "size": size, "seed": seed}
     )
+
+
+def _load(arguments: DataArguments, split: str, seed: int) -> Cards:
+    """Training cards depend on the seed of the run; all others are the published ones."""
+    return Cards(split, arguments.train_size, seed) if split == "train" else Cards(split, arguments.test_size)
+
+
+def _grade(prediction: str, sample: dict) -> float:
+    """1 if the prediction equals the answer, ignoring case and surrounding whitespace."""
+    return float(prediction.strip().lower() == sample["answer"].strip().lower())
+
+
+CARDS = VQADataset(
+    name="cards",
+    hub_id=None,
+    eval_split="test",
+    eval_size=2000,
+    load=_load,
+    grade=_grade,
+    graded_by="exact match",
+)

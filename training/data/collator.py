@@ -1,4 +1,4 @@
-"""From question samples to model inputs, through the processor that users call."""
+"""Model inputs from samples, made by the processor that users call."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,9 @@ import torch
 
 
 def conversation(sample: dict, with_answer: bool) -> list[dict]:
-    """Chat messages of a sample: image and question, and the answers where they are to be learnt.
+    """Chat messages of a sample: image, questions and answers, without the last answer unless `with_answer`.
 
-    A sample holds one turn (`question`, `answer`) or several under `turns`; the last answer is kept for the caller to
-    ask for when `with_answer` is False.
+    A sample has one turn (`question`, `answer`) or several in `turns`.
     """
     turns = sample.get("turns", [sample])
     messages = []
@@ -22,11 +21,11 @@ def conversation(sample: dict, with_answer: bool) -> list[dict]:
 
 
 def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> torch.Tensor:
-    """Labels of the assistant's turns: their tokens and the closing `end_id`; -100 everywhere else.
+    """Labels for the assistant's turns: their tokens including the final `end_id`; -100 everywhere else.
 
     Args:
         input_ids: `(batch, length)` int64.
-        header: token ids that open an assistant's turn, such as those of `"\\nAssistant:"`.
+        header: token ids that begin an assistant's turn, such as those of `"\\nAssistant:"`.
         end_id: id of `<end_of_utterance>`.
 
     Returns labels, `(batch, length)` int64.
@@ -45,13 +44,15 @@ def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> to
 
 @dataclass
 class QuestionCollator:
-    """Collates samples with `image`, `question` and `answer` (or `turns`) into processed tensors with `labels`.
+    """Collate samples with `image`, `question` and `answer` (or `turns`) into processed tensors with `labels`.
 
     Args:
         processor: an Idefics3, SmolVLM or QGSA processor.
-        with_answer: False leaves the answer out and ends in the generation prompt (no `labels` then), for `generate`.
-        image_kwargs: passed to the image processor with every call.
-        alignment: a `PatchWordAlignment`, for `patch_words` `(batch, cells)` float32: how alike cells and words are.
+        with_answer: whether to include the answer and `labels`, padded on the right; False ends in the generation
+            prompt, padded on the left, for `generate`.
+        image_kwargs: options passed to the image processor with every call.
+        alignment: a `PatchWordAlignment` that adds `patch_words`, `(batch, cells)` float32, the similarity between
+            cells and words.
     """
 
     processor: object

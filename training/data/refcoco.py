@@ -1,8 +1,10 @@
-"""RefCOCO: find what an expression refers to ("the man on the left") in an everyday picture, as a box.
+"""RefCOCO: the box of the object that an expression ("the man on the left") refers to in an everyday photo.
 
-The source is `lmms-lab/RefCOCO` on the Hub, which has the splits val, test, testA and testB and **no train split**, or
-a folder of parquet files of the same columns, which may have one. The published `question` asks for a caption of a box
-that is drawn in; here it is the other way round, so that column is not used.
+The source is `lmms-lab/RefCOCO` on the Hub, which has the splits val, test, testA and testB but **no train split**, or
+a folder of parquet files with the same columns, which may have one. The published `question` column asks for a caption
+of a given box, the inverse task, and is not used.
+
+Paper: Yu et al., "Modeling Context in Referring Expressions", ECCV 2016.
 """
 
 import math
@@ -11,19 +13,26 @@ from pathlib import Path
 
 from PIL import Image
 
+from training.data.arguments import DataArguments
+from training.data.dataset import VQADataset
 from training.data.rows import Questions, TableImages, load_table, plain_text, report_skipped, usable_rows
+from training.metrics.refcoco.refcoco import MIN_IOU, iou, refcoco_metric
 
 
 HUB_ID = "lmms-lab/RefCOCO"
 HUB_SPLITS = ("val", "test", "testA", "testB")
 COLUMNS = ("image", "question_id", "answer", "bbox")
-SLACK = 1.0  # px that a box may reach over the edge, which it is then cut at: the published ones are rounded
+SLACK = 1.0  # px that a box may reach over the image edge before it is clipped: published boxes are rounded
+PROMPT = (
+    'Where is "{expression}"? Give its bounding box as [x0, y0, x1, y1], each from 0 to 100 per cent of the image.'
+)
 
 
 def pixel_box(bbox: list[float] | None, size: tuple[int, int]) -> list[float]:
-    """`[x, y, w, h]` in px as `[x0, y0, x1, y1]` within an image of `size` `(width, height)`; [] for no such box.
+    """Convert `[x, y, w, h]` in px to `[x0, y0, x1, y1]`, clipped to an image of `size` `(width, height)`.
 
-    That is one without area, one that reaches over the edge by more than `SLACK`, and anything but four numbers.
+    Returns [] for a box without area, a box that reaches over the edge by more than `SLACK`, and anything other than
+    four finite numbers.
     """
     if not isinstance(bbox, list) or len(bbox) != 4:
         return []
@@ -38,7 +47,7 @@ def pixel_box(bbox: list[float] | None, size: tuple[int, int]) -> list[float]:
 
 
 def _percent_span(start: float, end: float, length: int) -> tuple[int, int]:
-    """Two px as whole per cent of `length`, rounded, or outwards where they would else be the same."""
+    """Two px positions as integer percentages of `length`, rounded; rounded outwards if they would coincide."""
     start, end = 100 * start / length, 100 * end / length
     if round(start) < round(end):
         return round(start), round(end)
@@ -46,21 +55,21 @@ def _percent_span(start: float, end: float, length: int) -> tuple[int, int]:
 
 
 def box_answer(box: list[float], size: tuple[int, int]) -> str:
-    """A box in px as the answer asked for, such as `"[12, 30, 45, 88]"`: per cent of `size`, `(width, height)`."""
+    """A box in px as the expected answer, percentages of `size` `(width, height)` such as `"[12, 30, 45, 88]"`."""
     (x0, x1), (y0, y1) = _percent_span(box[0], box[2], size[0]), _percent_span(box[1], box[3], size[1])
     return f"[{x0}, {y0}, {x1}, {y1}]"
 
 
 def parse_box(text: str) -> list[float]:
-    """The box `[x0, y0, x1, y1]` in a generated text, in the per cent asked for, or [] where there is none.
+    """The box `[x0, y0, x1, y1]` in a generated text, in percentages of the image, or [] without one.
 
-    There is one where the text has exactly four numbers, whole ones, with x0 < x1 and y0 < y1.
+    A text has a box if it contains exactly four numbers, all of them integers, with x0 < x1 and y0 < y1.
     """
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
     if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
         return []
     x0, y0, x1, y1 = box = [float(number) for number in numbers]
-    # A text that repeats a digit hundreds of times reads as infinity.
+    # Hundreds of digits are read as infinity.
     return box if x0 < x1 and y0 < y1 and all(map(math.isfinite, box)) else []
 
 
@@ -75,7 +84,7 @@ def _row_problem(row: dict, size: tuple[int, int] | None) -> str | None:
     if not row["expression"]:
         return "no expression"
     if size is not None and not pixel_box(row["bbox"], size):
-        return "box outside of the image"
+        return "box outside the image"
     return None
 
 
@@ -84,10 +93,7 @@ def _make_sample(row: dict, image: Image.Image) -> dict:
     return {
         "question_id": row["question_id"],
         "image": image,
-        "question": (
-            f'Where is "{row["expression"]}"? '
-            "Give its bounding box as [x0, y0, x1, y1], each from 0 to 100 per cent of the image."
-        ),
+        "question": PROMPT.format(expression=row["expression"]),
         "answer": box_answer(box, image.size),
         "choices": [],
         "family": "refer",
@@ -97,28 +103,28 @@ def _make_sample(row: dict, image: Image.Image) -> dict:
 
 
 def load_refcoco(data_dir: str | Path | None = None, split: str = "val") -> Questions:
-    """Load one split of RefCOCO: one sample a row, with the first of its expressions that is not empty.
+    """Load one split of RefCOCO: one sample per row, with its first expression that is not empty.
 
     Args:
-        data_dir: folder with `<split>*.parquet`, in itself or in `data/`; without it the set comes from the Hub.
-        split: `"val"`, `"test"`, `"testA"` or `"testB"`; `"train"` only from a folder that has it, the Hub does not.
+        data_dir: folder with `<split>*.parquet`, directly or in `data/`; None loads from the Hub.
+        split: `"val"`, `"test"`, `"testA"` or `"testB"`; also `"train"` from a folder that has it, unlike the Hub.
 
-    Each item is a dict with the keys of a cards sample: `question_id` (str), `image` (PIL, RGB, in its own size),
-    `question` (the prompt), `answer` (such as `"[12, 30, 45, 88]"`, whole per cent of the image's width and height),
-    `choices` (empty), `family` (`"refer"`), `tiles_needed` (`"unknown"`) and `boxes` (the one right box,
+    Each item is a dict with the keys of a cards sample: `question_id` (str), `image` (PIL, RGB, original size),
+    `question` (the prompt), `answer` (such as `"[12, 30, 45, 88]"`, integer percentages of the image's width and
+    height), `choices` (empty), `family` (`"refer"`), `tiles_needed` (`"unknown"`) and `boxes` (the single correct box,
     `[x0, y0, x1, y1]` in px).
 
     `.rows` holds the usable rows without their images: dicts with `question_id`, `image_name`, `expression` and `bbox`
-    (as published). Every image is read once here; rows that cannot be used are left out, counted in `.skipped` and
-    reported in one warning.
+    (as published). Every image is read once; unusable rows are left out, counted in `.skipped` and reported in one
+    warning.
 
-    Raises ValueError for an unknown `split` and a missing column, FileNotFoundError for a missing folder and where it
-    has no files of the split.
+    Raises ValueError for an unknown `split` or a missing column, FileNotFoundError for a missing folder or a folder
+    without files of the split.
     """
     if split == "train" and data_dir is None:
-        raise ValueError(f"split is 'train', which {HUB_ID} does not have: choose from {', '.join(HUB_SPLITS)}")
+        raise ValueError(f"split ('train'): {HUB_ID} does not have it; choose from {', '.join(HUB_SPLITS)}")
     if split not in ("train", *HUB_SPLITS):
-        raise ValueError(f"split is {split!r}: choose from train (in a local folder), {', '.join(HUB_SPLITS)}")
+        raise ValueError(f"split ({split!r}): choose from train (local folders only), {', '.join(HUB_SPLITS)}")
     find_image = TableImages()
     rows = [
         {
@@ -132,3 +138,37 @@ def load_refcoco(data_dir: str | Path | None = None, split: str = "val") -> Ques
     usable, skipped = usable_rows(rows, find_image, _row_problem)
     report_skipped(f"RefCOCO {split}", len(rows), skipped)
     return Questions(usable, find_image, _make_sample, skipped)
+
+
+def _load(arguments: DataArguments, split: str, seed: int) -> Questions:
+    return load_refcoco(arguments.data_dir, split)
+
+
+def _in_per_cent(box: list[float]) -> list[float]:
+    """A box in fractions of the image, converted to the unit of predictions."""
+    return [100 * side for side in box]
+
+
+def _grade(prediction: str, sample: dict) -> float:
+    """1 if the predicted box and the correct one have an IoU of at least 0.5."""
+    box, (correct,) = parse_box(prediction), sample["boxes"]
+    return float(bool(box) and iou(box, _in_per_cent(correct)) >= MIN_IOU)
+
+
+def _metric(predictions: list[str], samples: list[dict], kept: list[list]) -> dict:
+    boxes = [_in_per_cent(box) for (box,) in (sample["boxes"] for sample in samples)]
+    regions = [[_in_per_cent(box) for box in row] for row in kept]
+    return refcoco_metric([parse_box(prediction) for prediction in predictions], boxes, regions)
+
+
+REFCOCO = VQADataset(
+    name="refcoco",
+    hub_id=HUB_ID,
+    eval_split="test",
+    eval_size=5000,
+    load=_load,
+    grade=_grade,
+    graded_by="boxes with an IoU of at least 0.5",
+    metric=_metric,
+    extra_metrics=("mean_iou", "centre_hit"),
+)

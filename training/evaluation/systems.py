@@ -19,10 +19,11 @@ from modeling_qgsa.selection_qgsa import read_layout
 from modeling_qgsa.vision_qgsa import Views
 from training.costs.flops import count_flops
 from training.data.collator import QuestionCollator
-from training.evaluation.grading import score_rows, score_set
+from training.data.dataset import without_image
+from training.data.sets import get_dataset
 from training.methods.baselines import centre_scores, random_scores
-from training.metrics.loyalty.loyalty import loyalty_scores
-from training.metrics.selection.selection import points_into, selection_scores
+from training.metrics.loyalty.loyalty import loyalty_metric
+from training.metrics.selection.selection import points_into, selection_metric
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,6 @@ def answer(
     chunks = sorted(gather_object(chunks), key=lambda chunk: chunk[0])
     everything = [Answers.joined([said[number] for _, said, _ in chunks]) for number in range(len(systems))]
     return everything, [sample for _, _, told in chunks for sample in told]
-
-
-def without_image(sample: dict) -> dict:
-    """A sample without its image, and its boxes in shares of the image's width and height."""
-    width, height = sample["image"].size
-    boxes = [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in sample["boxes"]]
-    return {name: value for name, value in sample.items() if name != "image"} | {"boxes": boxes}
 
 
 def show(system: System, samples: list[dict], processor) -> dict[str, torch.Tensor]:
@@ -262,7 +256,7 @@ def grounding_of(answers: Answers, samples: list[dict]) -> dict:
 
     `pointing_accuracy_one_tile` is over the `n` questions that need exactly one tile.
     """
-    found = selection_scores(
+    found = selection_metric(
         answers.visual_tokens, answers.tiles, answers.relevance, [sample["boxes"] for sample in samples]
     )
     if not found["n_pointed"]:
@@ -289,18 +283,18 @@ def evaluate_systems(
 ) -> list[dict]:
     """Rows of `results.json` for `systems`, the first of which is the dense one that all are paired with.
 
-    `scoring` is the name of the data set whose rules say what is right, see `training/evaluation/grading.py`; its
-    own metric is in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
+    `scoring` is the name of the data set whose rules say what is right, see `training/data/sets.py`; its own
+    metric is in a row's `scores`, and how far it answers as the dense one does in its `loyalty`.
     """
     everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed, share_features)
     rows, dense = [], None
     for system, answers in zip(systems, everything):
-        right = score_rows(scoring, answers.predictions, samples)
+        right = get_dataset(scoring).grade_all(answers.predictions, samples)
         dense = right if dense is None else dense
         row = make_row(system.name, answers, samples, right, dense)
         row["speedup_vs_dense"] = (rows[0] if rows else row)["seconds_median"] / row["seconds_median"]
-        row["scores"] = score_set(scoring, answers.predictions, samples, answers.kept)
-        row["loyalty"] = loyalty_scores(answers.predictions, everything[0].predictions, right, dense)
+        row["scores"] = get_dataset(scoring).metric(answers.predictions, samples, answers.kept)
+        row["loyalty"] = loyalty_metric(answers.predictions, everything[0].predictions, right, dense)
         rows.append(row)
     return rows
 

@@ -1,1 +1,1 @@
-"""Our evaluation inside other people's harnesses: tasks for lm-eval and lmms-eval, and a model for lmms-eval."""
+"""Our evaluation inside other harnesses: tasks for lm-eval and lmms-eval, and a model for lmms-eval."""

@@ -1,59 +1,61 @@
-"""What both harnesses ask, the samples of `training/data`, and how they score it.
+"""Documents for both harnesses, the samples of `training/data`, and the grading of their answers.
 
-VQA-RAD and A-OKVQA come from the Hub, or from the folders in the environment variables `QGSA_VQA_RAD_DIR` and
-`QGSA_AOKVQA_DIR`: a variable, since lmms-eval has no option that reaches a task.
+Every data set of `training/data/sets.py` can be a task. A published one comes from the Hub, or from the folder in the
+environment variable `QGSA_<NAME>_DIR`, such as `QGSA_VQA_RAD_DIR`: lmms-eval has no option that reaches a task.
 """
 
 import os
 
 import datasets
+from torch.utils.data import Subset
 
-from training.data.aokvqa import load_aokvqa
-from training.data.cards import Cards
-from training.data.vqa_rad import load_vqa_rad
-from training.evaluation.grading import score_rows, score_set
+from training.data.arguments import DataArguments
+from training.data.dataset import without_image
+from training.data.sets import get_dataset, load_eval
 
 
-CARDS = 2000  # test questions, as many as in the tables of the project
-PARTS = ("closed", "open_exact_match", "open_recall")  # of VQA-RAD's score
-LOADERS = {
-    "cards": lambda: Cards("test", CARDS),
-    "vqa_rad": lambda: load_vqa_rad(os.environ.get("QGSA_VQA_RAD_DIR"), "test"),
-    "aokvqa": lambda: load_aokvqa(os.environ.get("QGSA_AOKVQA_DIR"), "validation"),
-}
+def load_samples(name: str) -> Subset:
+    """The samples of the data set `name` that the presets evaluate: same split, same number.
+
+    Raises ValueError for an unknown data set, and any error of its `load`.
+    """
+    dataset = get_dataset(name)
+    folder = os.environ.get(f"QGSA_{name.upper()}_DIR")
+    return load_eval(DataArguments(name, folder, eval_split=dataset.eval_split, test_size=dataset.eval_size))
 
 
 def load(dataset: str, **unused) -> datasets.DatasetDict:
-    """The questions that our evaluation asks of `dataset` (cards, vqa_rad or aokvqa), as the split `test`.
+    """The questions that our evaluation asks about `dataset`, such as `"cards"`, as the split `test`.
 
-    A document is a sample of `training/data` and the name of its `dataset`. It is made when it is asked for, so that
-    its image is what the loader gives, not encoded anew, and a limited run draws no others. lm-eval passes the
-    metadata of the task and the arguments of the model along, which are left `unused`.
+    A document is a sample with its boxes as fractions and its `dataset`. It is made on demand: its image is that of
+    the loader, not re-encoded, and a limited run makes no others. lm-eval also passes the metadata of the task and the
+    arguments of the model, which are `unused`.
 
-    Raises what the data set's loader raises.
+    Raises ValueError for an unknown data set, and any error of its `load`.
     """
-    samples = LOADERS[dataset]()
+    samples = load_samples(dataset)
 
-    def show(columns: dict) -> dict:
-        rows = [{**samples[index], "dataset": dataset} for index in columns["index"]]
+    def make_documents(columns: dict) -> dict:
+        chosen = [samples[index] for index in columns["index"]]
+        rows = [{**without_image(sample), "image": sample["image"], "dataset": dataset} for sample in chosen]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     table = datasets.Dataset.from_dict({"index": range(len(samples))})
-    return datasets.DatasetDict({"test": table.with_transform(show)})
+    return datasets.DatasetDict({"test": table.with_transform(make_documents)})
 
 
 def images(document: dict) -> list:
-    """The image of a document, in a list as both harnesses have it; PIL, RGB."""
+    """The image of a document (PIL, RGB), in a list as both harnesses expect."""
     return [document["image"]]
 
 
-def results(document: dict, answers: list[str]) -> dict[str, float]:
-    """The scores of the one answer to a document, each within 0 and 1.
+def grade(document: dict, answers: list[str]) -> dict[str, float]:
+    """The grades of the single answer to a document, each from 0 to 1.
 
-    `accuracy` is what systems are compared by; beside it, for VQA-RAD, those of `PARTS` that hold for this document: a
-    harness takes the mean of each over the documents that have it.
+    `accuracy` is the grade that systems are compared by; the data set's `extra_metrics` that apply to this document
+    stand beside it. A harness averages each over the documents that have it.
     """
-    prediction, dataset = answers[0].strip(), document["dataset"]
-    own = score_set(dataset, [prediction], [document], [[]])
-    parts = {name: own[name] for name in PARTS if own.get(name) is not None}
-    return {"accuracy": float(score_rows(dataset, [prediction], [document])[0])} | parts
+    prediction, dataset = answers[0].strip(), get_dataset(document["dataset"])
+    metric = dataset.metric([prediction], [document], [[]])
+    extra = {name: metric[name] for name in dataset.extra_metrics if metric[name] is not None}
+    return {"accuracy": dataset.grade(prediction, document)} | {name: float(value) for name, value in extra.items()}

@@ -13,7 +13,7 @@ from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from training.cli.arguments import check_source
 from training.data.cards import FAMILIES
 from training.data.collator import QuestionCollator
-from training.data.load import load_data
+from training.data.sets import load_data
 from training.evaluation.report import (
     format_families,
     format_table,

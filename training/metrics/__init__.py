@@ -1,1 +1,1 @@
-"""Local `evaluate` metrics, one folder for each; the maths are plain functions that need no `evaluate`."""
+"""Local `evaluate` metrics, one folder each; the maths is in plain functions."""

@@ -16,8 +16,7 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
-from training.data.load import load_data
-from training.evaluation.grading import score_rows
+from training.data.sets import get_dataset, load_data
 from training.evaluation.report import write_results
 from training.evaluation.systems import DENSE, System, answer, bootstrap_interval, make_row
 from training.learning.tasks import load_base, train_selection
@@ -118,7 +117,7 @@ def main():
         model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder_of(output, name, seed)).to(args.device)
         systems.append(System(f"{name}, seed {seed}", model))
     everything, samples = answer(systems, test, processor, run.test_batch_size, run.max_new_tokens)
-    right = [score_rows(run.dataset, answers.predictions, samples) for answers in everything]
+    right = [get_dataset(run.dataset).grade_all(answers.predictions, samples) for answers in everything]
     rows = [
         make_row(system.name, answers, samples, one, right[0])
         for system, answers, one in zip(systems, everything, right)

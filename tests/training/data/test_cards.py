@@ -1,4 +1,4 @@
-"""Cards: pure functions of (seed, split, index), right answers, and figures that a thumbnail does not show."""
+"""Cards: pure functions of (seed, split, index), correct answers, and figures that the thumbnail does not show."""
 
 import time
 
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from training.data.cards import (
+    CARDS,
     COLOURS,
     FAMILIES,
     FEATURES,
@@ -35,7 +36,7 @@ SCENE = (RED_STAR, BLUE_MOON, PINK_MOON)
 
 
 def ask(family, card, times=60):
-    """Different questions of `family` about `card` of the scene above, by their words."""
+    """Distinct questions of `family` about `card` in the scene above, by their text."""
     rng = np.random.default_rng(0)
     turns = [make_question(rng, family, SCENE, card) for _ in range(times)]
     return {turn["question"]: turn for turn in turns}
@@ -97,7 +98,7 @@ def test_families_come_in_their_shares():
     cards = Cards("train", 1500)
     families = [cards[index]["family"] for index in range(len(cards))]
     for family, (_, share) in FAMILIES.items():
-        # A figure that is there twice cannot be asked for: some questions to find or locate are never asked.
+        # A figure that occurs twice cannot be asked for, so find and locate questions are rarer.
         least = 0.5 * share if family in ("find", "locate") else 0.9 * share
         assert least < families.count(family) / len(families) < 1.3 * share, family
     assert sum(share for _, share in FAMILIES.values()) == pytest.approx(1)
@@ -179,12 +180,12 @@ def test_choice():
 
 
 @pytest.mark.parametrize("family", ["find", "locate"])
-def test_a_figure_that_is_there_twice_is_not_asked_for(family):
+def test_a_figure_that_occurs_twice_is_not_asked_for(family):
     assert make_question(np.random.default_rng(0), family, SCENE, BLUE_MOON) is None
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match="unknown family 'weight'.*count"):
+    with pytest.raises(ValueError, match=r"family \('weight'\): choose from count"):
         make_question(np.random.default_rng(0), "weight", SCENE, RED_STAR)
 
 
@@ -238,11 +239,11 @@ def test_small_canvases():
     assert len(make_scene(np.random.default_rng(0), "train", 1, 1)) == 1
 
 
-# What a thumbnail shows
+# Visibility in the thumbnail
 
 
 def crops(split, count, size):
-    """Crops of a quarter of the image's side around `count` cards, at `size` px an image, and the cards in them."""
+    """Crops around `count` cards, a quarter of the image wide, from images of `size` px, and the cards in them."""
     rng, found, shown = np.random.default_rng(SPLITS.index(split)), [], []
     while len(found) < count:
         scene = make_scene(rng, split)
@@ -256,7 +257,7 @@ def crops(split, count, size):
 
 
 def ridge_accuracy(train, train_classes, test, test_classes, penalty):
-    """Share of the test rows that ridge regression on one-hot classes gets right."""
+    """Test accuracy of ridge regression on one-hot classes."""
     mean = train.mean(0)
     train, test = (np.hstack([rows - mean, np.ones((len(rows), 1))]) for rows in (train, test))
     weights = np.linalg.solve(train.T @ train + penalty * np.eye(train.shape[1]), train.T @ np.eye(8)[train_classes])
@@ -282,7 +283,7 @@ def test_a_thumbnail_shows_the_colour_and_not_the_figure():
 def test_ten_thousand_samples_a_minute():
     cards = Cards("train", 1000)
     seconds = []
-    for start in (0, 200, 400, 600):  # the machine may be busy: once is enough
+    for start in (0, 200, 400, 600):  # one fast run is enough on a busy machine
         began = time.perf_counter()
         for index in range(start, start + 200):
             cards[index]
@@ -292,7 +293,7 @@ def test_ten_thousand_samples_a_minute():
     assert min(seconds) < 1.2, f"200 samples take {min(seconds):.2f} s"
 
 
-# As a data set
+# As a `datasets.Dataset`
 
 
 def test_load_cards_is_the_same_benchmark(tmp_path, monkeypatch):
@@ -307,11 +308,22 @@ def test_load_cards_is_the_same_benchmark(tmp_path, monkeypatch):
 
 
 def test_unknown_splits_sizes_and_indices_are_refused():
-    with pytest.raises(ValueError, match="split is 'dev': choose from train, validation, test"):
+    with pytest.raises(ValueError, match=r"split \('dev'\): choose from train, validation, test"):
         Cards("dev", 10)
     for rows, columns in ((0, 4), (5, 4), (4, 5)):
-        with pytest.raises(ValueError, match=f"{rows} x {columns} tiles.*within 1 and 4"):
+        with pytest.raises(ValueError, match=rf"canvas \({rows} x {columns} tiles\): each side must have 1 to 4"):
             Cards("train", 10, rows=rows, columns=columns)
     for index in (-1, 10):
-        with pytest.raises(IndexError, match=f"index {index} is outside of the 10"):
+        with pytest.raises(IndexError, match=rf"index \({index}\) is out of range for 10 samples"):
             Cards("train", 10)[index]
+
+
+# Grading
+
+
+def test_grading_ignores_case_and_whitespace_only():
+    references = ["star", "Row 1 column 2", "yes", "red", "no"]
+    predictions = [" Star\n", "row 1 column 2", "yes.", "dark red", ""]
+    samples = [{"answer": answer} for answer in references]
+    assert CARDS.grade_all(predictions, samples).tolist() == [1, 1, 0, 0, 0]
+    assert CARDS.metric(predictions, samples, [[[0.0, 0.0, 1.0, 1.0]]] * 5) == {}

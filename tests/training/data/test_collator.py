@@ -1,4 +1,4 @@
-"""The collator: what is to be learnt is labelled and nothing else, and the question is marked without its answer."""
+"""The collator: only answers are labelled, and the question mask excludes the answer."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ END = "<end_of_utterance>"
 
 @pytest.fixture(scope="module")
 def turns(make_image):
-    """Three samples of one, two and one turns, on images of 4 x 4, 1 x 4 and 4 x 2 tiles."""
+    """Three samples with one, two and one turns, on images of 4 x 4, 1 x 4 and 4 x 2 tiles."""
     return [
         {"image": make_image(0), "question": "what shape is on the red card?", "answer": "star"},
         {
@@ -37,12 +37,12 @@ def asking(processor, turns):
 
 
 def runs(mask):
-    """Slices of the runs of True in a mask `(L,)`."""
+    """Slices of the consecutive True values in a mask `(length,)`."""
     edges = torch.diff(mask.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0].tolist()
     return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2])]
 
 
-def test_labels_are_the_answers_and_their_ends(training, tokenizer):
+def test_labels_are_the_answers_with_their_end_tokens(training, tokenizer):
     answers = [["star"], ["row 2 column 3", "no"], ["four"]]
     for ids, labels, expected in zip(training["input_ids"], training["labels"], answers):
         labelled = labels != -100
@@ -50,13 +50,13 @@ def test_labels_are_the_answers_and_their_ends(training, tokenizer):
         assert [tokenizer.decode(ids[run]) for run in runs(labelled)] == [f" {answer}{END}" for answer in expected]
 
 
-def test_what_comes_before_an_answer_is_its_turn(training, tokenizer):
+def test_the_header_of_a_turn_comes_before_an_answer(training, tokenizer):
     for ids, labels in zip(training["input_ids"], training["labels"]):
         for run in runs(labels != -100):
             assert tokenizer.decode(ids[: run.start]).endswith(f"{END}\nAssistant:")
 
 
-def test_training_is_padded_on_the_right_and_padding_is_not_learnt(training, processor, turns):
+def test_training_batches_are_padded_on_the_right_without_labels(training, processor, turns):
     lengths = training["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) == 3
     for row, length in enumerate(lengths.tolist()):
@@ -66,7 +66,7 @@ def test_training_is_padded_on_the_right_and_padding_is_not_learnt(training, pro
         assert torch.equal(alone["labels"][0], training["labels"][row, :length])
 
 
-def test_asking_is_padded_on_the_left_and_ends_where_the_answer_begins(asking, tokenizer):
+def test_generation_batches_are_padded_on_the_left_and_end_where_the_answer_begins(asking, tokenizer):
     assert "labels" not in asking
     for ids, mask, last in zip(asking["input_ids"], asking["attention_mask"], ("star", "no", "four")):
         length = int(mask.sum())
@@ -77,7 +77,7 @@ def test_asking_is_padded_on_the_left_and_ends_where_the_answer_begins(asking, t
     assert "row 2 column 3" in tokenizer.decode(asking["input_ids"][1])
 
 
-def test_the_question_is_marked_and_no_answer_is(training, tokenizer):
+def test_the_question_is_marked_and_the_answer_is_not(training, tokenizer):
     questions = ["what shape is on the red card?", "does the pink card show a moon?", "how many cards are there?"]
     for row, question in enumerate(questions):
         mask = training["question_mask"][row].bool()
@@ -109,7 +109,7 @@ def test_the_image_processor_gets_its_options(stock_processor, turns):
     assert "question_mask" not in collate(turns)
 
 
-def test_a_conversation_shows_the_image_once_and_may_keep_the_last_answer(turns):
+def test_a_conversation_has_the_image_once_and_the_last_answer_on_demand(turns):
     messages = conversation(turns[1], with_answer=False)
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     images = [part for message in messages for part in message["content"] if part["type"] == "image"]
@@ -124,5 +124,5 @@ def test_labels_of_hand_made_ids():
     expected = torch.full_like(ids, -100)
     expected[0, 5:8] = ids[0, 5:8]
     expected[0, 12] = 9  # an empty answer ends at once
-    expected[1, 2:4] = ids[1, 2:4]  # the turn behind it is not closed
+    expected[1, 2:4] = ids[1, 2:4]  # the next turn is not closed
     assert torch.equal(answer_labels(ids, header, end), expected)

@@ -1,168 +1,26 @@
-"""VQA-RAD: the scores, worked by hand, and the loader on small sets and on the real one."""
+"""VQA-RAD: the loader on small data sets and on the real one, and its grading."""
 
 import json
 import logging
 import pickle
-import socket
 from pathlib import Path
 
 import datasets
-import evaluate
 import pytest
 from PIL import Image
 
 from training.data.cards import FEATURES
 from training.data.rows import Questions
-from training.data.vqa_rad import HUB_ID, answer_family, image_split, load_vqa_rad
-from training.metrics.vqa_rad.vqa_rad import answer_tokens, score_answer, vqa_rad_scores
+from training.data.vqa_rad import HUB_ID, VQA_RAD, answer_family, image_split, load_vqa_rad
+from training.metrics.vqa_rad.vqa_rad import vqa_rad_metric
 
 
 ROOT = Path(__file__).parents[3]
-METRIC = ROOT / "training" / "metrics" / "vqa_rad"
 REAL = ROOT.parent / "shared" / "data" / "vqa_rad"
 
+EVERYTHING = [[0.0, 0.0, 1.0, 1.0]]
+
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="VQA-RAD is not at ../shared/data/vqa_rad")
-
-
-# Scores of one answer
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "closed"),
-    [
-        ("Yes", "yes", 1),
-        (" no.", "No", 1),
-        ("Yes, in the left lung", "Yes", 1),
-        ("no", "yes", 0),
-        ("", "yes", 0),
-        ("a nodule", "no", 0),
-        ("there is nothing abnormal", "No", 0),
-        ("eyes", "yes", 0),
-        ("not seen", "no", 0),
-        ("yes and no", "yes", 0),
-        ("yes and no", "no", 0),
-        ("no no no yes", "no", 0),
-        ("it is on the left side", "Left side", 1),
-        ("the side that is left", "left side", 0),
-        ("left", "left side", 0),
-        ("in vasculature", "In the vasculature", 1),
-        ("abnormal", "normal", 0),
-        ("non contrast ct", "Non-contrast CT", 1),
-        ("just one, no more", "Just one", 1),
-    ],
-)
-def test_closed_answers(prediction, reference, closed):
-    assert score_answer(prediction, reference)["closed"] == closed
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "recall", "exact"),
-    [
-        ("Right upper lobe.", "right upper lobe", 1, 1),
-        ("upper lobe", "right upper lobe", 2 / 3, 0),
-        ("lobe upper right", "right upper lobe", 1, 0),
-        ("the right upper lobe of the lung", "right upper lobe", 1, 0),
-        ("extremities", "The extremities", 1, 1),
-        ("the", "The extremities", 0, 0),
-        ("pneumonia", "pneumothorax", 0, 0),
-        ("", "fat", 0, 0),
-        ("3.4 cm", "3.4cm", 1, 1),
-        ("3 cm, 4 mm", "3.4 cm", 1 / 2, 0),
-        ("lobe", "left lobe and right lobe", 1 / 5, 0),
-        ("12", "12", 1, 1),
-        ("a", "A", 1, 1),
-    ],
-)
-def test_open_answers(prediction, reference, recall, exact):
-    score = score_answer(prediction, reference)
-    assert score["open_recall"] == pytest.approx(recall)
-    assert score["open_exact_match"] == exact
-
-
-@pytest.mark.parametrize("prediction", ["", "?", "yes"])
-def test_nothing_is_right_about_a_reference_without_words(prediction):
-    assert set(score_answer(prediction, " ?! ").values()) == {0.0}
-
-
-def test_tokens_are_words_and_numbers():
-    assert answer_tokens("The 3.4 cm mass_T2 (head/neck), 5.") == ["3.4", "cm", "mass", "t2", "head", "neck", "5"]
-
-
-# Scores of a set
-
-
-def test_scores_worked_by_hand():
-    rows = [
-        ("Yes.", "yes", "closed"),  # right
-        ("no", "Yes", "closed"),  # wrong, and counted
-        ("nodule", "no", "closed"),  # wrong
-        ("on the left", "Left", "closed"),  # right
-        ("upper lobe", "right upper lobe", "open"),  # recall 2/3
-        ("CT", "ct", "open"),  # recall 1, exact
-    ]
-    scores = vqa_rad_scores(*map(list, zip(*rows)))
-    assert scores == {
-        "closed": pytest.approx(2 / 4),
-        "open_recall": pytest.approx((2 / 3 + 1) / 2),
-        "open_exact_match": pytest.approx(1 / 2),
-        "overall": pytest.approx(3 / 6),
-        "n_closed": 4,
-        "n_open": 2,
-    }
-
-
-def test_wrong_closed_answers_are_not_skipped():
-    scores = vqa_rad_scores(["yes", "", "maybe", "no"], ["yes"] * 4, ["closed"] * 4)
-    assert scores["closed"] == scores["overall"] == 1 / 4
-    assert scores["n_closed"] == 4
-
-
-@pytest.mark.parametrize("shortcut", ["yes no", "yes or no", "no, yes", "", "nodule", "eyes noted", "true"])
-def test_one_answer_to_everything_gains_nothing(shortcut):
-    assert vqa_rad_scores([shortcut] * 2, ["yes", "no"], ["closed"] * 2)["closed"] == 0
-
-
-def test_repeating_a_token_gains_nothing():
-    once = score_answer("lobe", "left and right lobe")["open_recall"]
-    often = score_answer("lobe lobe lobe lobe", "left and right lobe")["open_recall"]
-    assert once == often == 1 / 4
-
-
-def test_a_listing_gains_no_accuracy_on_open_questions():
-    scores = vqa_rad_scores(["ct mri x ray ultrasound"], ["CT"], ["open"])
-    assert (scores["open_recall"], scores["open_exact_match"], scores["overall"]) == (1, 0, 0)
-
-
-def test_a_family_without_rows_has_no_score():
-    only_open = vqa_rad_scores(["ct"], ["ct"], ["open"])
-    assert (only_open["closed"], only_open["n_closed"], only_open["overall"]) == (None, 0, 1)
-    only_closed = vqa_rad_scores(["no"], ["yes"], ["closed"])
-    assert (only_closed["open_recall"], only_closed["open_exact_match"], only_closed["overall"]) == (None, None, 0)
-    assert vqa_rad_scores([], [], [])["overall"] is None
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="2 predictions, 1 references and 1 families"):
-        vqa_rad_scores(["a", "b"], ["a"], ["open"])
-    with pytest.raises(ValueError, match="CLOSED"):
-        vqa_rad_scores(["yes"], ["yes"], ["CLOSED"])
-
-
-@pytest.mark.parametrize("path", [METRIC, METRIC / "vqa_rad.py"], ids=["folder", "file"])
-def test_metric_loads_offline(path, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    metric = evaluate.load(str(path), cache_dir=str(tmp_path))
-    columns = {
-        "predictions": ["Yes", "no", "upper lobe"],
-        "references": ["yes", "yes", "right upper lobe"],
-        "families": ["closed", "closed", "open"],
-    }
-    assert metric.compute(**columns) == vqa_rad_scores(**columns)
-    assert metric.compute(predictions=["no"], references=["no"], families=["closed"])["open_recall"] is None
 
 
 # The loader on a small folder
@@ -183,7 +41,7 @@ def _entry(qid, image_name, answer, answer_type="OPEN", question="What is this?"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Thirteen good images and two bad ones; ten good rows and six bad ones in train, four good ones in test."""
+    """Thirteen good and two bad images; ten good and six bad training rows, four good test rows."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(12):
@@ -191,8 +49,8 @@ def folder(tmp_path):
     Image.new("RGB", (3, 2)).save(images / "tiny.jpg")
     Image.effect_noise((200, 200), 60).save(images / "cut.jpg")
     whole = (images / "cut.jpg").read_bytes()
-    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])  # the header stays: only reading it all tells
-    (images / "text.jpg").write_text("this is no picture")
+    (images / "cut.jpg").write_bytes(whole[: len(whole) // 2])  # keeps the header: only a full read shows it
+    (images / "text.jpg").write_text("this is not an image")
     good = [
         _entry(1, "scan0.jpg", " Yes ", "CLOSED ", " Is it there? "),
         _entry(2, "scan1.jpg", 12),
@@ -215,7 +73,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_items_have_the_form_of_a_cards_sample(folder):
+def test_items_have_the_format_of_a_cards_sample(folder):
     samples = load_vqa_rad(folder, "train")
     assert isinstance(samples, Questions)
     assert len(samples) == 10
@@ -244,7 +102,7 @@ def test_the_answer_does_not_decide_the_prompt(folder):
     samples = load_vqa_rad(folder, "train")
     assert {sample["question"].split("\n", 1)[1] for sample in samples} == {"Give a very brief answer."}
     assert {sample["family"] for sample in samples} == {"closed", "open"}
-    assert [row["question"] for row in samples.rows][:2] == ["Is it there?", "What is this?"]  # the set's own words
+    assert [row["question"] for row in samples.rows][:2] == ["Is it there?", "What is this?"]  # as published
 
 
 def test_items_fit_the_features_of_the_cards(folder):
@@ -253,7 +111,7 @@ def test_items_fit_the_features_of_the_cards(folder):
 
 
 def test_unusable_rows_are_counted_and_reported_once(folder, caplog):
-    with caplog.at_level(logging.WARNING, logger="training.data.vqa_rad"):
+    with caplog.at_level(logging.WARNING, logger="training.data.rows"):
         samples = load_vqa_rad(folder, "train")
     assert samples.skipped == {"missing image": 1, "broken image": 2, "empty answer": 2, "empty question": 1}
     assert len(caplog.records) == 1
@@ -261,7 +119,7 @@ def test_unusable_rows_are_counted_and_reported_once(folder, caplog):
     assert "broken image: 2" in caplog.text
 
 
-def test_nothing_is_reported_where_nothing_is_skipped(folder, caplog):
+def test_nothing_is_reported_if_nothing_is_skipped(folder, caplog):
     samples = load_vqa_rad(folder, "test")
     assert samples.skipped == {}
     assert caplog.records == []
@@ -274,7 +132,7 @@ def test_a_row_without_fields_is_not_fatal(folder):
     assert samples.skipped == {"no question id": 1, "empty question": 1}
 
 
-def test_images_are_opened_lazily_and_the_set_travels_to_workers(folder):
+def test_images_are_opened_lazily_and_the_data_set_can_be_pickled(folder):
     samples = load_vqa_rad(folder, "test")
     copy = pickle.loads(pickle.dumps(samples))
     assert copy[1]["image"].size == (50, 30)
@@ -324,9 +182,9 @@ def test_an_unreadable_file_is_named(folder, content):
 
 
 def test_bad_options_are_refused(folder):
-    with pytest.raises(ValueError, match="validation"):
+    with pytest.raises(ValueError, match=r"split \('validation'\): choose from train, test"):
         load_vqa_rad(folder, "validation")
-    with pytest.raises(ValueError, match="patient"):
+    with pytest.raises(ValueError, match=r"split_by \('patient'\): choose from published, image"):
         load_vqa_rad(folder, by="patient")
 
 
@@ -345,12 +203,12 @@ def test_answer_family(answer, answer_type, family):
     assert answer_family(answer, answer_type) == family
 
 
-# The loader on the schema of the Hub set
+# The loader on the schema of the Hub version
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """`datasets.load_dataset` that knows a small set of the same features, held in memory."""
+    """Replaces `datasets.load_dataset` by a small in-memory data set with the same features."""
     features = datasets.Features(
         {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
     )
@@ -361,7 +219,7 @@ def hub(tmp_path, monkeypatch):
         "train": [
             {"image": red, "question": "is it red?", "answer": "yes"},
             {"image": blue, "question": "what colour?", "answer": "blue"},
-            {"image": {"path": None, "bytes": b"no picture"}, "question": "what colour?", "answer": "blue"},
+            {"image": {"path": None, "bytes": b"not an image"}, "question": "what colour?", "answer": "blue"},
             {"image": None, "question": "what colour?", "answer": "blue"},
             {"image": red, "question": "what colour?", "answer": ""},
             {"image": {"path": str(path), "bytes": None}, "question": "what is it?", "answer": "a scan"},
@@ -383,7 +241,7 @@ def hub(tmp_path, monkeypatch):
 def test_hub_schema(hub):
     train, test = load_vqa_rad(split="train"), load_vqa_rad(split="test")
     assert [sample["question_id"] for sample in train] == [0, 1, 5]
-    assert [sample["question_id"] for sample in test] == [6]  # counts on from train: unique over both
+    assert [sample["question_id"] for sample in test] == [6]  # continues from train: unique over both splits
     assert [sample["family"] for sample in train] == ["closed", "open", "open"]
     assert train.skipped == {"broken image": 1, "missing image": 1, "empty answer": 1}
     assert test.skipped == {"empty answer": 1}
@@ -402,7 +260,24 @@ def test_hub_split_by_image(hub, seed):
     assert sorted(row["question_id"] for row in train.rows + test.rows) == [0, 1, 5, 6]
 
 
-# The real set
+# Grading
+
+
+def test_closed_and_open_questions_are_graded_differently():
+    samples = [
+        {"answer": "yes", "family": "closed"},
+        {"answer": "No", "family": "closed"},
+        {"answer": "left lobe", "family": "open"},
+        {"answer": "chest", "family": "open"},
+    ]
+    predictions = ["Yes, it is.", "yes", "the left lobe", "a chest film"]
+    grades = VQA_RAD.grade_all(predictions, samples)
+    assert grades.tolist() == [1, 0, 1, 0]
+    metric = VQA_RAD.metric(predictions, samples, [EVERYTHING] * 4)
+    assert (metric["closed"], metric["open_exact_match"], metric["overall"]) == (0.5, 0.5, grades.mean())
+
+
+# The real data set
 
 
 @needs_real_data
@@ -425,9 +300,9 @@ def test_real_items():
         assert all(isinstance(row["answer"], str) and row["answer"] == row["answer"].strip() for row in samples.rows)
     assert (train[0]["question_id"], train[0]["answer"], train[0]["image"].mode) == (1, "Yes", "RGB")
     references = [row["answer"] for row in test.rows]
-    scores = vqa_rad_scores(references, references, [sample["family"] for sample in test])
-    assert {scores[name] for name in ("closed", "open_recall", "open_exact_match", "overall")} == {1.0}
-    assert (scores["n_closed"], scores["n_open"]) == (272, 179)
+    metric = vqa_rad_metric(references, references, [sample["family"] for sample in test])
+    assert {metric[name] for name in ("closed", "open_recall", "open_exact_match", "overall")} == {1.0}
+    assert (metric["n_closed"], metric["n_open"]) == (272, 179)
 
 
 @needs_real_data

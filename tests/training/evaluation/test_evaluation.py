@@ -11,6 +11,7 @@ import training.evaluation.systems as evaluation
 from training.costs.flops import count_flops
 from training.data.cards import FAMILIES, Cards
 from training.data.collator import QuestionCollator
+from training.data.dataset import without_image
 from training.evaluation.report import (
     format_families,
     format_table,
@@ -31,7 +32,6 @@ from training.evaluation.systems import (
     layout_of,
     make_row,
     standard_systems,
-    without_image,
 )
 from training.methods.baselines import centre_scores, random_scores
 from training.model_card import CardContent, format_flops, format_kept, write_card

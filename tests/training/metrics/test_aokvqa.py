@@ -1,11 +1,11 @@
-"""The A-OKVQA metric, worked by hand."""
+"""The A-OKVQA metric on worked examples."""
 
 from pathlib import Path
 
 import evaluate
 import pytest
 
-from training.metrics.aokvqa.aokvqa import aokvqa_scores, chosen, direct_answer_accuracy
+from training.metrics.aokvqa.aokvqa import aokvqa_metric, chosen, direct_answer_accuracy
 
 
 METRIC = Path(__file__).parents[3] / "training" / "metrics" / "aokvqa"
@@ -17,7 +17,7 @@ CHOICES = ["dog", "cat", "a cow", "b"]
     [
         ("A", 0),
         ("(a)", 0),
-        ("B.", None),  # the letter of cat, and the text of the last choice
+        ("B.", None),  # the letter of cat and the text of the last choice
         (" Answer: C\n", 2),
         ("C) a cow", 2),
         ("A cow.", 2),
@@ -34,16 +34,16 @@ CHOICES = ["dog", "cat", "a cow", "b"]
         ("", None),
     ],
 )
-def test_the_choice_that_is_named(prediction, expected):
+def test_chosen(prediction, expected):
     assert chosen(prediction, CHOICES) == expected
 
 
-def test_direct_answers_by_hand():
+def test_direct_answer_accuracy():
     answers = ["dog"] * 2 + ["puppy"] * 4 + ["Labrador."] + ["hot dog"] * 3
     for prediction, expected in (("dog", 2 / 3), ("Puppy.", 1), ("labrador", 1 / 3), ("hot", 0), ("dog puppy", 0)):
         assert direct_answer_accuracy(prediction, answers) == pytest.approx(expected)
     assert direct_answer_accuracy("", answers) == 0
-    with pytest.raises(ValueError, match="direct_answers holds 0 answers"):
+    with pytest.raises(ValueError, match=r"direct_answers \(\[\]\): at least one answer"):
         direct_answer_accuracy("dog", [])
 
 
@@ -66,30 +66,30 @@ EXPECTED = {
 }
 
 
-def test_scores_by_hand_and_difficult_rows_left_out_of_direct_answers_only():
-    assert aokvqa_scores(**rows()) == EXPECTED
+def test_a_worked_example_without_difficult_direct_answers():
+    assert aokvqa_metric(**rows()) == EXPECTED
 
 
-def test_the_metric_loads_offline_and_says_the_same():
+def test_the_metric_loads_offline_and_agrees():
     assert evaluate.load(str(METRIC)).compute(**rows()) == EXPECTED
 
 
-def test_no_rows_have_no_score():
+def test_no_rows_have_no_value():
     nothing = {"multiple_choice": None, "direct_answer": None}
     counts = {"n_multiple_choice": 0, "n_direct_answer": 0, "n_difficult": 0}
-    assert aokvqa_scores([], [], [], [], []) == nothing | counts
+    assert aokvqa_metric([], [], [], [], []) == nothing | counts
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"difficult": [False]}, r"the columns have \[5, 5, 5, 5, 1\] rows"),
-        ({"correct_choices": [4, 1, -1, -1, -1]}, "row 0: correct_choices is 4 of 4 choices"),
-        ({"correct_choices": [-1, 1, -1, -1, -1]}, "row 0: correct_choices is -1 of 4 choices"),
-        ({"choices": [["x"] * 5] * 2 + [[]] * 3}, "of 5 choices, of which there may be 4"),
-        ({"direct_answers": [[]] * 5}, "row 2 has 0 choices and 0 direct answers"),
+        ({"difficult": [False]}, r"columns \(\[5, 5, 5, 5, 1\] entries\) must have the same length"),
+        ({"correct_choices": [4, 1, -1, -1, -1]}, r"row 0: correct_choices \(4\) must be an index of its 4 choices"),
+        ({"correct_choices": [-1, 1, -1, -1, -1]}, r"row 0: correct_choices \(-1\) must be an index of its 4 choices"),
+        ({"choices": [["x"] * 5] * 2 + [[]] * 3}, "an index of its 5 choices, at most 4"),
+        ({"direct_answers": [[]] * 5}, "row 2 has neither choices nor direct answers"),
     ],
 )
-def test_rows_that_cannot_be_scored_are_named(change, message):
+def test_invalid_rows_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        aokvqa_scores(**(rows() | change))
+        aokvqa_metric(**(rows() | change))

@@ -1,11 +1,11 @@
-"""The loyalty metric, worked by hand."""
+"""The loyalty metric on worked examples."""
 
 from pathlib import Path
 
 import evaluate
 import pytest
 
-from training.metrics.loyalty.loyalty import loyalty_scores, plain
+from training.metrics.loyalty.loyalty import loyalty_metric, plain
 
 
 METRIC = Path(__file__).parents[3] / "training" / "metrics" / "loyalty"
@@ -16,7 +16,7 @@ def columns():
         ("star", "Star ", True, True),  # the same
         ("row 2  column 3", "row 2 column 3", True, True),  # the same
         ("moon", "star", False, True),  # broken
-        ("stars", "star", True, True),  # another text, right as well
+        ("stars", "star", True, True),  # another text, also right
         ("moon", "moon", False, False),  # the same mistake
         ("moon", "heart", False, False),  # another mistake
         ("star", "heart", True, False),  # fixed
@@ -37,30 +37,30 @@ EXPECTED = {
 }
 
 
-def test_scores_by_hand():
-    assert loyalty_scores(**columns()) == EXPECTED
+def test_a_worked_example():
+    assert loyalty_metric(**columns()) == EXPECTED
 
 
-def test_the_metric_loads_offline_and_says_the_same():
+def test_the_metric_loads_offline_and_agrees():
     assert evaluate.load(str(METRIC)).compute(**columns()) == EXPECTED
 
 
-def test_fixed_less_broken_is_the_difference_in_right_answers():
+def test_fixed_minus_broken_is_the_difference_in_right_answers():
     rows = columns()
-    scores = loyalty_scores(**rows)
-    assert scores["n_fixed"] - scores["n_broken"] == sum(rows["right"]) - sum(rows["dense_right"])
+    metric = loyalty_metric(**rows)
+    assert metric["n_fixed"] - metric["n_broken"] == sum(rows["right"]) - sum(rows["dense_right"])
 
 
 def test_dense_is_loyal_to_itself():
-    scores = loyalty_scores(["a", "b"], ["a", "b"], [True, False], [True, False])
-    assert scores["loyalty"] == scores["loyalty_where_right"] == scores["loyalty_where_wrong"] == 1
-    assert scores["n_fixed"] == scores["n_broken"] == 0
+    metric = loyalty_metric(["a", "b"], ["a", "b"], [True, False], [True, False])
+    assert metric["loyalty"] == metric["loyalty_where_right"] == metric["loyalty_where_wrong"] == 1
+    assert metric["n_fixed"] == metric["n_broken"] == 0
 
 
-def test_no_rows_have_no_score():
-    only_right = loyalty_scores(["a"], ["b"], [True], [True])
+def test_no_rows_have_no_value():
+    only_right = loyalty_metric(["a"], ["b"], [True], [True])
     assert (only_right["loyalty_where_right"], only_right["loyalty_where_wrong"]) == (0, None)
-    assert loyalty_scores([], [], [], [])["loyalty"] is None
+    assert loyalty_metric([], [], [], [])["loyalty"] is None
 
 
 @pytest.mark.parametrize(("text", "expected"), [(" A  Man\n", "a man"), ("", ""), ("a.", "a."), ("\t", "")])
@@ -69,5 +69,5 @@ def test_plain(text, expected):
 
 
 def test_columns_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"\[7, 7, 1, 7\] rows"):
-        loyalty_scores(**(columns() | {"right": [True]}))
+    with pytest.raises(ValueError, match=r"columns \(\[7, 7, 1, 7\] entries\) must have the same length"):
+        loyalty_metric(**(columns() | {"right": [True]}))

@@ -1,4 +1,4 @@
-"""The RefCOCO metric, worked by hand."""
+"""The RefCOCO metric on worked examples."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from training.metrics.refcoco.refcoco import covered_share, iou, refcoco_scores
+from training.metrics.refcoco.refcoco import covered_share, iou, refcoco_metric
 
 
 METRIC = Path(__file__).parents[3] / "training" / "metrics" / "refcoco"
@@ -24,7 +24,7 @@ BOX = [2.0, 1.0, 6.0, 3.0]
         ([7, 5, 8, 6], 0),
     ],
 )
-def test_iou_by_hand(other, expected):
+def test_iou(other, expected):
     assert iou(BOX, other) == iou(other, BOX) == pytest.approx(expected)
 
 
@@ -39,11 +39,11 @@ def test_iou_by_hand(other, expected):
         ([[0, 0, 9, 9]], 1),
     ],
 )
-def test_covered_share_by_hand(regions, expected):
+def test_covered_share(regions, expected):
     assert covered_share(BOX, regions) == pytest.approx(expected)
 
 
-def test_covered_share_is_that_of_counted_cells():
+def test_covered_share_agrees_with_counted_cells():
     rng = np.random.default_rng(0)
     for _ in range(30):
         corners = rng.integers(0, 10, (4, 2))
@@ -71,28 +71,28 @@ EXPECTED = {
 }
 
 
-def test_scores_by_hand_and_a_missing_box_counts_as_wrong():
-    assert refcoco_scores(**rows()) == EXPECTED
+def test_a_worked_example_with_a_missing_box():
+    assert refcoco_metric(**rows()) == EXPECTED
 
 
-def test_the_metric_loads_offline_and_says_the_same():
+def test_the_metric_loads_offline_and_agrees():
     assert evaluate.load(str(METRIC)).compute(**rows()) == EXPECTED
 
 
-def test_no_rows_have_no_score():
-    scores = refcoco_scores([], [], [])
-    assert scores.pop("n") == 0 and set(scores.values()) == {None}
+def test_no_rows_have_no_value():
+    metric = refcoco_metric([], [], [])
+    assert metric.pop("n") == 0 and set(metric.values()) == {None}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kept": [[]]}, "4 predictions, 4 references and 1 kept"),
-        ({"references": [BOX, BOX, BOX, [2.0, 1.0, 2.0, 3.0]]}, r"references\[3\] holds \[2.0, 1.0, 2.0, 3.0\]"),
-        ({"predictions": [BOX, [1.0, 2.0], BOX, BOX]}, r"predictions\[1\] holds \[1.0, 2.0\]"),
-        ({"kept": [[], [[0.0, 5.0, 1.0, float("nan")]], [], []]}, r"kept\[1\] holds"),
+        ({"kept": [[]]}, r"predictions \(4\), references \(4\) and kept \(1\) must have"),
+        ({"references": [BOX, BOX, BOX, [2.0, 1.0, 2.0, 3.0]]}, r"references\[3\] \(\[2.0, 1.0, 2.0, 3.0\]\)"),
+        ({"predictions": [BOX, [1.0, 2.0], BOX, BOX]}, r"predictions\[1\] \(\[1.0, 2.0\]\)"),
+        ({"kept": [[], [[0.0, 5.0, 1.0, float("nan")]], [], []]}, r"kept\[1\] \(\[0.0, 5.0, 1.0, nan\]\)"),
     ],
 )
-def test_boxes_that_are_none_are_named(change, message):
+def test_invalid_rows_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        refcoco_scores(**(rows() | change))
+        refcoco_metric(**(rows() | change))

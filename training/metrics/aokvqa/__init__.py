@@ -1,1 +1,1 @@
-"""The A-OKVQA scores."""
+"""The A-OKVQA metric."""

@@ -1,6 +1,6 @@
-"""Scores for A-OKVQA: accuracy of multiple choice, and soft accuracy of direct answers over ten annotators.
+"""A-OKVQA metric: multiple choice accuracy, and soft accuracy of direct answers over ten annotators.
 
-The maths are plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
+The maths is in plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
 `evaluate.load("training/metrics/aokvqa")`, which needs no network.
 """
 
@@ -11,25 +11,25 @@ import evaluate
 
 
 LETTERS = "ABCD"
-NEEDED_MATCHES = 3  # annotators who gave this answer, for full marks
+NEEDED_MATCHES = 3  # number of annotators with the same answer for full marks
 
 _DESCRIPTION = """\
-Scores for A-OKVQA. Every question is scored as multiple choice where it was asked so, and as a direct answer where it
-was asked so; difficult direct answers are left out of the latter, as the benchmark does, and counted.
+A-OKVQA metric. Every question is graded in the form in which it was asked, as multiple choice or as a direct answer.
+Following the benchmark, difficult direct answers are not graded, only counted.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: the generated answers, a list of str.
-    choices: the four choices of each row, a list of lists of str; an empty list asks for a direct answer.
-    correct_choices: the number of the right choice of each row, from 0, a list of int; -1 for a direct answer.
-    direct_answers: the ten answers of each row, a list of lists of str; an empty list for multiple choice.
-    difficult: whether the direct answer of each row is marked as difficult, a list of bool.
+    predictions: generated answers, a list of str.
+    choices: the four choices per row, a list of lists of str; an empty list for a direct answer.
+    correct_choices: index of the correct choice per row, a list of int; -1 for a direct answer.
+    direct_answers: the ten answers per row, a list of lists of str; an empty list for multiple choice.
+    difficult: whether the direct answer of a row is marked as difficult, a list of bool.
 
-Returns a dict; scores are shares within 0 and 1, and None where there is no row to score:
+Returns a dict; values are from 0 to 1, or None without rows to grade:
     multiple_choice: accuracy.
     direct_answer: mean of min(1, matches / 3) over the ten answers, without the difficult rows.
-    n_multiple_choice, n_direct_answer, n_difficult: how many rows each has; the difficult ones are scored nowhere.
+    n_multiple_choice, n_direct_answer, n_difficult: number of rows; the difficult ones are not graded.
 
 Example:
     >>> metric = evaluate.load("training/metrics/aokvqa")
@@ -49,15 +49,15 @@ _CITATION = """\
 
 
 def plain(text: str) -> str:
-    """A text in lower case, without an "Answer:" in front, surrounding blanks and a full stop."""
+    """A text in lower case, without a leading "Answer:", surrounding whitespace and full stops."""
     return re.sub(r"^\s*answer\s*:\s*", "", text.lower()).strip(" \t\n.")
 
 
 def chosen(prediction: str, choices: list[str]) -> int | None:
-    """The number of the choice that a prediction names, from 0; None where it names none, or not exactly one.
+    """The index of the choice that a prediction names; None unless it names exactly one.
 
-    It names one by its text, or by its letter: "B", "(b)", "Answer: B", and "B. cat" where the text is that of B. A
-    letter that only starts a sentence ("A man") names none, and neither does an answer with further words in it.
+    A prediction names a choice by its text or by its letter: "B", "(b)", "Answer: B", or "B. cat" if the text matches
+    the letter. A letter that merely starts a sentence ("A man") or an answer with further words names none.
     """
     said = plain(prediction)
     named = {number for number, choice in enumerate(choices) if said == plain(choice)}
@@ -69,12 +69,12 @@ def chosen(prediction: str, choices: list[str]) -> int | None:
 
 
 def direct_answer_accuracy(prediction: str, direct_answers: list[str]) -> float:
-    """min(1, matches / 3), where a match is an annotator's answer that equals the prediction, as whole and plain text.
+    """min(1, matches / 3), where a match is an annotator's answer that equals the prediction after `plain`.
 
-    Raises ValueError for no answers.
+    Raises ValueError without answers.
     """
     if not direct_answers:
-        raise ValueError("direct_answers holds 0 answers: there is nothing to compare with")
+        raise ValueError("direct_answers ([]): at least one answer is needed")
     matches = sum(plain(prediction) == plain(answer) for answer in direct_answers)
     return min(1.0, matches / NEEDED_MATCHES)
 
@@ -83,34 +83,32 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def aokvqa_scores(
+def aokvqa_metric(
     predictions: list[str],
     choices: list[list[str]],
     correct_choices: list[int],
     direct_answers: list[list[str]],
     difficult: list[bool],
 ) -> dict[str, float | int | None]:
-    """The scores of a set of answers; all lists have one entry for each row, as in the metric's description.
+    """The metric over all rows; the lists have one entry per row, see the description above.
 
-    Raises ValueError for lists of different lengths, a number that is none of the choices, more choices than letters,
-    and a row without either choices or direct answers.
+    Raises ValueError for lists of different lengths, an index outside the choices, more choices than letters, or a row
+    with neither choices nor direct answers.
     """
     columns = (predictions, choices, correct_choices, direct_answers, difficult)
     if len({len(column) for column in columns}) > 1:
-        raise ValueError(
-            f"the columns have {[len(column) for column in columns]} rows: they need one entry a row each"
-        )
+        raise ValueError(f"columns ({[len(column) for column in columns]} entries) must have the same length")
     multiple, direct, left_out = [], [], 0
     for row, (prediction, options, correct, answers, hard) in enumerate(zip(*columns)):
         if options:
             if len(options) > len(LETTERS) or not 0 <= correct < len(options):
                 raise ValueError(
-                    f"row {row}: correct_choices is {correct} of {len(options)} choices, of which there may be "
+                    f"row {row}: correct_choices ({correct}) must be an index of its {len(options)} choices, at most "
                     f"{len(LETTERS)}"
                 )
             multiple.append(float(chosen(prediction, options) == correct))
         elif not answers:
-            raise ValueError(f"row {row} has 0 choices and 0 direct answers")
+            raise ValueError(f"row {row} has neither choices nor direct answers")
         elif hard:
             left_out += 1
         else:
@@ -126,7 +124,7 @@ def aokvqa_scores(
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class AokvqaMetric(evaluate.Metric):
-    """`aokvqa_scores` as a metric."""
+    """`aokvqa_metric` as a metric."""
 
     def _info(self):
         texts = datasets.List(datasets.Value("string"))
@@ -146,4 +144,4 @@ class AokvqaMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, choices, correct_choices, direct_answers, difficult):
-        return aokvqa_scores(predictions, choices, correct_choices, direct_answers, difficult)
+        return aokvqa_metric(predictions, choices, correct_choices, direct_answers, difficult)

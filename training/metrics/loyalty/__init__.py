@@ -1,1 +1,1 @@
-"""How far the answers of selection are those of the dense model."""
+"""Agreement of the answers with those of the dense model."""

@@ -1,6 +1,6 @@
-"""Loyalty: how far the answers under selection are those of the dense model, right or wrong.
+"""Loyalty: agreement of the answers under selection with those of the dense model, right or wrong.
 
-The maths are plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
+The maths is in plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
 `evaluate.load("training/metrics/loyalty")`, which needs no network.
 """
 
@@ -9,24 +9,24 @@ import evaluate
 
 
 _DESCRIPTION = """\
-Agreement of a system's answers with those of the dense model on the same questions, apart for those that dense has
-right and wrong, and how many answers selection mends and breaks. Every row counts.
+Agreement of a system's answers with those of the dense model on the same questions, also split by whether the dense
+answer is right, and the number of answers that selection fixes and breaks. Every row counts.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: the system's answers, a list of str.
     dense_predictions: the dense model's answers to the same questions, a list of str.
-    right: whether the system's answer is right by the data set's own metric, a list of bool.
-    dense_right: the same of the dense model's answer, a list of bool.
+    right: whether the system's answer is right according to the data set's grading, a list of bool.
+    dense_right: whether the dense model's answer is, a list of bool.
 
-Returns a dict; shares are within 0 and 1, and None where there is no row to score:
-    loyalty: share of the rows on which both answers are the same text, case and blanks aside.
-    loyalty_where_right: the same share of the rows that dense has right.
-    loyalty_where_wrong: the same share of the rows that dense has wrong.
-    n_fixed: how many rows dense has wrong and the system right.
-    n_broken: how many rows dense has right and the system wrong.
-    n, n_dense_right, n_dense_wrong: how many rows there are of each kind.
+Returns a dict; shares are from 0 to 1, or None without rows:
+    loyalty: share of the rows with the same answer, ignoring case and whitespace.
+    loyalty_where_right: the same share of the rows that dense answers right.
+    loyalty_where_wrong: the same share of the rows that dense answers wrong.
+    n_fixed: number of rows that dense answers wrong and the system right.
+    n_broken: number of rows that dense answers right and the system wrong.
+    n, n_dense_right, n_dense_wrong: number of rows of each kind.
 
 Example:
     >>> metric = evaluate.load("training/metrics/loyalty")
@@ -39,7 +39,7 @@ _CITATION = ""
 
 
 def plain(text: str) -> str:
-    """A text in lower case, without blanks around it and with single ones in it."""
+    """A text in lower case with its whitespace normalised to single spaces."""
     return " ".join(text.lower().split())
 
 
@@ -47,18 +47,16 @@ def _mean(values: list[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def loyalty_scores(
+def loyalty_metric(
     predictions: list[str], dense_predictions: list[str], right: list[bool], dense_right: list[bool]
 ) -> dict[str, float | int | None]:
-    """The scores of a set of answers; all lists have one entry for each row, as in the metric's description.
+    """The metric over all rows; the lists have one entry per row, see the description above.
 
     Raises ValueError for lists of different lengths.
     """
     columns = (predictions, dense_predictions, right, dense_right)
     if len({len(column) for column in columns}) > 1:
-        raise ValueError(
-            f"the columns have {[len(column) for column in columns]} rows: they need one entry for each row"
-        )
+        raise ValueError(f"columns ({[len(column) for column in columns]} entries) must have the same length")
     same = [plain(said) == plain(dense) for said, dense in zip(predictions, dense_predictions)]
     where_right = [agrees for agrees, dense in zip(same, dense_right) if dense]
     where_wrong = [agrees for agrees, dense in zip(same, dense_right) if not dense]
@@ -76,7 +74,7 @@ def loyalty_scores(
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class LoyaltyMetric(evaluate.Metric):
-    """`loyalty_scores` as a metric."""
+    """`loyalty_metric` as a metric."""
 
     def _info(self):
         text, flag = datasets.Value("string"), datasets.Value("bool")
@@ -90,4 +88,4 @@ class LoyaltyMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, dense_predictions, right, dense_right):
-        return loyalty_scores(predictions, dense_predictions, right, dense_right)
+        return loyalty_metric(predictions, dense_predictions, right, dense_right)

@@ -1,1 +1,1 @@
-"""The RefCOCO scores."""
+"""The RefCOCO metric."""

@@ -1,8 +1,8 @@
-"""Scores for RefCOCO: whether the box that an expression refers to was found, and whether it was kept.
+"""RefCOCO metric: whether the box that an expression refers to was found, and whether it was kept.
 
-The maths are plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
-`evaluate.load("training/metrics/refcoco")`, which needs no network. Boxes are `[x0, y0, x1, y1]` in any one unit, with
-x0 < x1 and y0 < y1; the data set itself has `[x, y, w, h]`.
+The maths is in plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
+`evaluate.load("training/metrics/refcoco")`, which needs no network. Boxes are `[x0, y0, x1, y1]` in any common unit,
+with x0 < x1 and y0 < y1; the data set itself has `[x, y, w, h]`.
 """
 
 import datasets
@@ -10,23 +10,26 @@ import evaluate
 import numpy as np
 
 
+MIN_IOU = 0.5  # of a predicted box that counts as correct
+
 _DESCRIPTION = """\
-Scores for referring expressions on RefCOCO: the predicted box against the right one, and how much of the right box the
-kept regions of the image cover. Every row counts: one without a predicted box is wrong, one that kept nothing is 0.
+RefCOCO metric for referring expressions: the predicted box against the correct one, and how much of the correct box
+the kept regions of the image cover. Every row counts: a missing box is wrong, and without kept regions nothing is
+covered.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: the predicted box of each row, a list of boxes [x0, y0, x1, y1]; [] where none could be read.
-    references: the right box of each row, a list of boxes.
-    kept: the regions that were kept of each row's image, a list of lists of boxes; they may overlap.
+    predictions: predicted box per row, a list of boxes [x0, y0, x1, y1]; [] if none could be read.
+    references: correct box per row, a list of boxes.
+    kept: kept regions of the image per row, a list of lists of boxes; they may overlap.
 
-Returns a dict; all but n are shares within 0 and 1, and None where there is no row:
+Returns a dict; all values except n are from 0 to 1, or None without rows:
     accuracy_at_50: share of the rows whose boxes have an intersection over union (IoU) of at least 0.5.
     mean_iou: mean IoU.
-    centre_hit: share of the rows whose predicted box has its centre in the right box.
-    kept_recall: mean share of the right box that the kept regions cover.
-    n: how many rows there are.
+    centre_hit: share of the rows whose predicted box has its centre in the correct box.
+    kept_recall: mean share of the correct box that the kept regions cover.
+    n: number of rows.
 
 Example:
     >>> metric = evaluate.load("training/metrics/refcoco")
@@ -46,30 +49,30 @@ _CITATION = """\
 
 
 def check_box(box: list[float], name: str) -> list[float]:
-    """The box itself. Raises ValueError, with its numbers, for one that is none."""
+    """The box itself. Raises ValueError, with its numbers, if it is not a box."""
     if len(box) != 4 or not np.isfinite(box).all() or box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"{name} holds {list(box)}: a box is [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+        raise ValueError(f"{name} ({list(box)}): a box must be [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
     return box
 
 
 def area(box: list[float]) -> float:
-    """Area of a box; 0 where its sides have crossed over, as those of an intersection of boxes apart have."""
+    """Area of a box; 0 for the intersection of disjoint boxes, whose sides are in reverse order."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def intersection(one: list[float], other: list[float]) -> list[float]:
-    """What two boxes share."""
+    """The intersection of two boxes; its sides are in reverse order if they are disjoint."""
     return [max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])]
 
 
 def iou(one: list[float], other: list[float]) -> float:
-    """Intersection over union of two boxes, 0 to 1."""
+    """Intersection over union of two boxes, from 0 to 1."""
     shared = area(intersection(one, other))
     return shared / (area(one) + area(other) - shared)
 
 
 def covered_share(box: list[float], regions: list[list[float]]) -> float:
-    """Share of a box that the union of `regions` covers, 0 to 1."""
+    """Share of a box that the union of `regions` covers, from 0 to 1."""
     clipped = [part for part in (intersection(box, region) for region in regions) if area(part)]
     columns = sorted({side for part in clipped for side in (part[0], part[2])})
     rows = sorted({side for part in clipped for side in (part[1], part[3])})
@@ -81,17 +84,17 @@ def covered_share(box: list[float], regions: list[list[float]]) -> float:
     return covered / area(box)
 
 
-def refcoco_scores(
+def refcoco_metric(
     predictions: list[list[float]], references: list[list[float]], kept: list[list[list[float]]]
 ) -> dict[str, float | int | None]:
-    """The scores of a set of boxes; all lists have one entry for each row, as in the metric's description.
+    """The metric over all rows; the lists have one entry per row, see the description above.
 
-    Raises ValueError for lists of different lengths and for a box that is none.
+    Raises ValueError for lists of different lengths or an invalid box.
     """
     if not len(predictions) == len(references) == len(kept):
         raise ValueError(
-            f"{len(predictions)} predictions, {len(references)} references and {len(kept)} kept: the lists need one "
-            "entry for each row"
+            f"predictions ({len(predictions)}), references ({len(references)}) and kept ({len(kept)}) must have the "
+            "same length"
         )
     overlaps, hits, covered = [], [], []
     for row, (predicted, box, regions) in enumerate(zip(predictions, references, kept)):
@@ -106,14 +109,14 @@ def refcoco_scores(
         x0, y0, x1, y1 = check_box(predicted, f"predictions[{row}]")
         overlaps.append(iou(predicted, box))
         hits.append(box[0] <= (x0 + x1) / 2 <= box[2] and box[1] <= (y0 + y1) / 2 <= box[3])
-    scores = {"accuracy_at_50": np.array(overlaps) >= 0.5, "mean_iou": overlaps}
-    scores |= {"centre_hit": hits, "kept_recall": covered}
-    return {name: float(np.mean(values)) if hits else None for name, values in scores.items()} | {"n": len(hits)}
+    columns = {"accuracy_at_50": np.array(overlaps) >= MIN_IOU, "mean_iou": overlaps}
+    columns |= {"centre_hit": hits, "kept_recall": covered}
+    return {name: float(np.mean(values)) if hits else None for name, values in columns.items()} | {"n": len(hits)}
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class RefcocoMetric(evaluate.Metric):
-    """`refcoco_scores` as a metric."""
+    """`refcoco_metric` as a metric."""
 
     def _info(self):
         box = datasets.List(datasets.Value("float64"))
@@ -126,4 +129,4 @@ class RefcocoMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, kept):
-        return refcoco_scores(predictions, references, kept)
+        return refcoco_metric(predictions, references, kept)

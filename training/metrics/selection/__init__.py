@@ -1,1 +1,1 @@
-"""How much selection keeps, and whether it looks at the right place."""
+"""Size of a selection, and whether it looks at the right place."""

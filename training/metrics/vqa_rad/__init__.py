@@ -1,1 +1,1 @@
-"""The VQA-RAD scores."""
+"""The VQA-RAD metric."""

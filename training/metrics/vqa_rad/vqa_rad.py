@@ -1,6 +1,6 @@
-"""Scores for VQA-RAD: accuracy of closed questions, token recall and exact match of open ones.
+"""VQA-RAD metric: accuracy of closed questions, token recall and exact match of open ones.
 
-The maths are plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
+The maths is in plain functions; the `evaluate.Metric` at the end only passes columns on. Load it with
 `evaluate.load("training/metrics/vqa_rad")`, which needs no network.
 """
 
@@ -16,22 +16,22 @@ OPPOSITES = {"yes": "no", "no": "yes"}
 ARTICLES = ("a", "an", "the")
 
 _DESCRIPTION = """\
-Scores for medical visual question answering on VQA-RAD. Closed questions (yes/no, or a choice between options named
-in the question) by accuracy, open questions by token recall and by exact match. Every row counts.
+VQA-RAD metric for medical visual question answering: closed questions (yes/no, or a choice between options named in
+the question) by accuracy, open questions by token recall and by exact match. Every row counts.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: the generated answers, a list of str.
-    references: the right answers, a list of str.
-    families: "closed" or "open" for each row, a list of str.
+    predictions: generated answers, a list of str.
+    references: correct answers, a list of str.
+    families: "closed" or "open" per row, a list of str.
 
-Returns a dict; scores are shares within 0 and 1, and None where there is no row to score:
+Returns a dict; values are from 0 to 1, or None without rows to grade:
     closed: accuracy of the closed rows.
     open_recall: mean share of the reference's tokens that are in the prediction.
     open_exact_match: share of the open rows whose tokens equal the reference's.
     overall: share of all rows that are right, by accuracy (closed) or exact match (open).
-    n_closed, n_open: how many rows each family has.
+    n_closed, n_open: number of rows per family.
 
 Example:
     >>> metric = evaluate.load("training/metrics/vqa_rad")
@@ -53,7 +53,7 @@ _CITATION = """\
 def answer_tokens(text: str) -> list[str]:
     """Lower-case words and numbers of a text, without punctuation and articles: "The 3.4 cm mass." → 3.4, cm, mass.
 
-    A text of nothing but articles keeps them, as "A" may be an answer.
+    A text that consists of articles keeps them, since "A" may be an answer.
     """
     tokens = re.findall(r"\d+\.\d+|[^\W_]+", text.lower())
     return [token for token in tokens if token not in ARTICLES] or tokens
@@ -63,18 +63,18 @@ def _contains(tokens: list[str], phrase: list[str]) -> bool:
     return any(tokens[start : start + len(phrase)] == phrase for start in range(len(tokens) - len(phrase) + 1))
 
 
-def score_answer(prediction: str, reference: str) -> dict[str, float]:
-    """Score one answer in all three ways; which of them counts depends on the row's family.
+def grade_answer(prediction: str, reference: str) -> dict[str, float]:
+    """Grade one answer by all three rules; the family of the row decides which of them counts.
 
-    Returns a dict of floats within 0 and 1:
-        closed: 1 if the reference is in the prediction as whole words, in order and without a gap. For yes and no the
-            opposite word has to be absent as well, so that saying both is wrong. The other options of a choice
-            ("left or right?") are not known here, so an answer that names several of them passes.
-        open_recall: share of the reference's tokens found in the prediction; a repeated token has to be there as
-            often. Recall does not punish long answers: read it next to the exact match.
+    Returns a dict of floats from 0 to 1:
+        closed: 1 if the prediction contains the reference as consecutive whole words. For yes and no the opposite word
+            must also be absent, so that saying both is wrong. The options of a choice ("left or right?") are not
+            known here, so an answer that names several of them passes.
+        open_recall: share of the reference's tokens found in the prediction; a repeated token must be repeated there.
+            Recall does not punish long answers: read it next to the exact match.
         open_exact_match: 1 if the tokens are equal.
 
-    A reference without a word or number in it scores 0: nothing can be right, and an empty answer least of all.
+    All grades are 0 for a reference without words or numbers, even if the prediction is empty as well.
     """
     said, wanted = answer_tokens(prediction), answer_tokens(reference)
     if not wanted:
@@ -91,32 +91,31 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def vqa_rad_scores(
+def vqa_rad_metric(
     predictions: list[str], references: list[str], families: list[str]
 ) -> dict[str, float | int | None]:
-    """The scores of a set of answers; all three lists have one entry for each row.
+    """The metric over all rows; the lists have one entry per row, see the description above.
 
-    Returns `closed`, `open_recall`, `open_exact_match`, `overall` (shares within 0 and 1, None without rows) and the
-    counts `n_closed`, `n_open`, which together are the number of rows: none is ever left out.
+    `n_closed` and `n_open` add up to the number of rows: none is left out.
 
     Raises ValueError for lists of different lengths or an unknown family.
     """
     if not len(predictions) == len(references) == len(families):
         raise ValueError(
-            f"{len(predictions)} predictions, {len(references)} references and {len(families)} families: "
-            "the lists need one entry for each row"
+            f"predictions ({len(predictions)}), references ({len(references)}) and families ({len(families)}) must "
+            "have the same length"
         )
     unknown = sorted(set(families) - set(FAMILIES))
     if unknown:
-        raise ValueError(f"unknown families {unknown}: choose from {', '.join(FAMILIES)}")
-    scores = {family: [] for family in FAMILIES}
+        raise ValueError(f"families ({unknown}): choose from {', '.join(FAMILIES)}")
+    grades = {family: [] for family in FAMILIES}
     for prediction, reference, family in zip(predictions, references, families):
-        scores[family].append(score_answer(prediction, reference))
-    closed = [score["closed"] for score in scores["closed"]]
-    exact = [score["open_exact_match"] for score in scores["open"]]
+        grades[family].append(grade_answer(prediction, reference))
+    closed = [grade["closed"] for grade in grades["closed"]]
+    exact = [grade["open_exact_match"] for grade in grades["open"]]
     return {
         "closed": _mean(closed),
-        "open_recall": _mean([score["open_recall"] for score in scores["open"]]),
+        "open_recall": _mean([grade["open_recall"] for grade in grades["open"]]),
         "open_exact_match": _mean(exact),
         "overall": _mean(closed + exact),
         "n_closed": len(closed),
@@ -126,7 +125,7 @@ def vqa_rad_scores(
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class VqaRadMetric(evaluate.Metric):
-    """`vqa_rad_scores` as a metric."""
+    """`vqa_rad_metric` as a metric."""
 
     def _info(self):
         columns = {name: datasets.Value("string") for name in ("predictions", "references", "families")}
@@ -138,4 +137,4 @@ class VqaRadMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, families):
-        return vqa_rad_scores(predictions, references, families)
+        return vqa_rad_metric(predictions, references, families)

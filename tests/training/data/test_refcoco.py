@@ -1,4 +1,4 @@
-"""The RefCOCO loader on small files of the published schema, and boxes in and out of text."""
+"""RefCOCO: the loader on small files with the published schema, boxes as text, and the grading."""
 
 import io
 import logging
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from training.data.cards import FEATURES as CARD_FEATURES
-from training.data.refcoco import COLUMNS, HUB_ID, box_answer, load_refcoco, parse_box, pixel_box
+from training.data.refcoco import COLUMNS, HUB_ID, REFCOCO, box_answer, load_refcoco, parse_box, pixel_box
 
 
 FEATURES = datasets.Features(
@@ -38,7 +38,7 @@ def _picture(colour="red") -> bytes:
 def _cut_jpeg() -> bytes:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 60).save(file, "JPEG")
-    return file.getvalue()[: len(file.getvalue()) // 2]  # the header stays: only reading it all tells
+    return file.getvalue()[: len(file.getvalue()) // 2]  # keeps the header: only a full read shows it
 
 
 def _row(question_id, image=None, **change):
@@ -61,10 +61,10 @@ BROKEN = [
     (_row("f", answer=None), "no expression"),
     (_row("g", answer=[" ", None]), "no expression"),
     (_row(" "), "no question id"),
-    (_row("h", bbox=[40.0, 8.0, 32.0, 16.0]), "box outside of the image"),
-    (_row("i", bbox=[16.0, 8.0, 0.0, 16.0]), "box outside of the image"),
-    (_row("j", bbox=[16.0, 8.0, 32.0]), "box outside of the image"),
-    (_row("k", bbox=None), "box outside of the image"),
+    (_row("h", bbox=[40.0, 8.0, 32.0, 16.0]), "box outside the image"),
+    (_row("i", bbox=[16.0, 8.0, 0.0, 16.0]), "box outside the image"),
+    (_row("j", bbox=[16.0, 8.0, 32.0]), "box outside the image"),
+    (_row("k", bbox=None), "box outside the image"),
 ]
 
 
@@ -105,7 +105,7 @@ def test_unusable_rows_are_counted_and_reported_once(tmp_path, caplog):
     reasons = [reason for _, reason in BROKEN]
     assert samples.skipped == {reason: reasons.count(reason) for reason in reasons}
     assert len(caplog.records) == 1
-    assert "RefCOCO val: 10 of 12 rows left out (box outside of the image: 4, broken image: 1" in caplog.text
+    assert "RefCOCO val: skipped 10 of 12 rows (box outside the image: 4, broken image: 1" in caplog.text
 
 
 def test_each_split_finds_its_own_files(tmp_path):
@@ -127,11 +127,11 @@ def test_the_hub_is_asked_without_a_folder(monkeypatch):
 
 
 def test_there_is_no_train_split_on_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="'train', which lmms-lab/RefCOCO does not have: choose from val, test"):
+    with pytest.raises(ValueError, match=r"split \('train'\): lmms-lab/RefCOCO does not have it; choose from val"):
         load_refcoco(split="train")
     with pytest.raises(FileNotFoundError, match=r"no train\*.parquet in .*refcoco"):
         load_refcoco(_folder(tmp_path, GOOD), "train")
-    with pytest.raises(ValueError, match="'testC'"):
+    with pytest.raises(ValueError, match=r"split \('testC'\): choose from train"):
         load_refcoco(split="testC")
 
 
@@ -139,7 +139,7 @@ def test_there_is_no_train_split_on_the_hub(tmp_path):
 def test_a_missing_column_is_named(monkeypatch, column):
     table = datasets.Dataset.from_list(GOOD, features=FEATURES).remove_columns(column)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
-    with pytest.raises(ValueError, match=f"no column {column}; there are .*file_name"):
+    with pytest.raises(ValueError, match=f"missing column {column}; the table has .*file_name"):
         load_refcoco()
 
 
@@ -150,12 +150,12 @@ def test_a_missing_column_is_named(monkeypatch, column):
     ("bbox", "expected"),
     [
         ([10, 5, 20, 10], [10, 5, 30, 15]),
-        ([0, 0, 64.5, 32.9], [0, 0, 64, 32]),  # over the edge by less than 1 px: cut
+        ([0, 0, 64.5, 32.9], [0, 0, 64, 32]),  # over the edge by less than 1 px: clipped
         ([-0.5, -1, 20, 10], [0, 0, 19.5, 9]),
         ([-2, 0, 20, 10], []),
         ([0, 0, 66, 32], []),
         ([0, 30, 10, 4], []),
-        ([64, 0, 0.5, 10], []),  # nothing is left of it
+        ([64, 0, 0.5, 10], []),  # no area left
         ([70, 40, 5, 5], []),
         ([10, 5, 0, 10], []),
         ([10, 5, 20, -1], []),
@@ -179,7 +179,7 @@ def test_boxes_in_px(bbox, expected):
         ([997.0, 0.0, 1000.0, 2.0], (1000, 1000), "[99, 0, 100, 1]"),
     ],
 )
-def test_boxes_in_words_are_read_back(box, size, answer):
+def test_box_answers_can_be_parsed(box, size, answer):
     assert box_answer(box, size) == answer
     assert str([int(number) for number in parse_box(answer)]) == answer
 
@@ -202,5 +202,19 @@ def test_boxes_in_words_are_read_back(box, size, answer):
         ("", []),
     ],
 )
-def test_boxes_out_of_text(text, box):
+def test_boxes_parsed_from_text(text, box):
     assert parse_box(text) == box
+
+
+# Grading
+
+
+def test_percentages_are_compared_with_fractions():
+    samples = [{"answer": "[10, 20, 50, 60]", "boxes": [[0.1, 0.2, 0.5, 0.6]]}] * 3
+    predictions = ["[10, 20, 50, 60]", "[10, 20, 50, 30]", "on the left"]
+    assert REFCOCO.grade_all(predictions, samples).tolist() == [1, 0, 0]
+    kept = [[[0.0, 0.0, 1.0, 1.0]], [[0.1, 0.2, 0.3, 0.6]], []]
+    metric = REFCOCO.metric(predictions, samples, kept)
+    assert metric["accuracy_at_50"] == pytest.approx(1 / 3)
+    assert metric["mean_iou"] == pytest.approx((1 + 0.25) / 3)
+    assert metric["kept_recall"] == pytest.approx((1 + 0.5) / 3)

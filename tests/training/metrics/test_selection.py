@@ -1,4 +1,4 @@
-"""The selection metric, worked by hand."""
+"""The selection metric on worked examples."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from training.metrics.selection.selection import points_into, relevance_in_boxes, selection_scores
+from training.metrics.selection.selection import points_into, relevance_in_boxes, selection_metric
 
 
 METRIC = Path(__file__).parents[3] / "training" / "metrics" / "selection"
@@ -23,17 +23,17 @@ WHOLE = [0.0, 0.0, 1.0, 1.0]
         ([[0.0, 0.5, 0.25, 1.0]], True, 0.3),  # half of the cell, up to its centre
         ([[0.26, 0.5, 0.5, 1.0]], False, 0.6 * 0.24 / 0.5),
         ([[0.25, 0.25, 0.75, 0.75]], True, 0.25),  # a quarter of every cell
-        ([[0.0, 0.5, 0.5, 1.0]] * 2, True, 0.6),  # the same twice is no more
+        ([[0.0, 0.5, 0.5, 1.0]] * 2, True, 0.6),  # the same box twice
         ([[0.0, 0.5, 0.5, 1.0], [0.25, 0.5, 0.75, 1.0]], True, 0.6 + 0.1 / 2),  # they overlap
         ([[0.5, 0.0, 1.0, 0.5], [0.5, 0.5, 1.0, 1.0]], False, 0.3),  # they touch
     ],
 )
-def test_maps_by_hand(boxes, points, mass):
+def test_maps(boxes, points, mass):
     assert points_into(MAP, boxes) is points
     assert relevance_in_boxes(MAP, boxes) == pytest.approx(mass)
 
 
-def test_rows_and_columns_are_not_mixed_up():
+def test_rows_and_columns_are_not_swapped():
     wide = [[1.0, 2.0, 1.0, 0.0]]  # one row of four cells
     assert points_into(wide, [[0.25, 0.0, 0.5, 1.0]])
     assert not points_into(wide, [[0.0, 0.25, 0.25, 0.5]])
@@ -48,10 +48,10 @@ def test_a_map_need_not_sum_to_one():
 def test_a_box_a_rounding_error_from_the_edge():
     edge = np.nextafter(1, 0)
     assert relevance_in_boxes(MAP, [[0.0, 0.0, edge, edge]]) == pytest.approx(1)
-    assert relevance_in_boxes(MAP, [[0.0, 0.0, 1 + 1e-7, 1.0]]) == pytest.approx(1)  # was float32
+    assert relevance_in_boxes(MAP, [[0.0, 0.0, 1 + 1e-7, 1.0]]) == pytest.approx(1)  # as after float32
 
 
-def test_mass_is_that_of_counted_pixels():
+def test_relevance_in_boxes_agrees_with_counted_pixels():
     rng = np.random.default_rng(0)
     for _ in range(30):
         relevance = rng.random((3, 5))
@@ -86,35 +86,35 @@ EXPECTED = {
 }
 
 
-def test_scores_by_hand_and_rows_left_out_are_counted():
-    assert selection_scores(**rows()) == EXPECTED
+def test_a_worked_example_with_rows_left_out():
+    assert selection_metric(**rows()) == EXPECTED
 
 
-def test_the_metric_loads_offline_and_says_the_same():
+def test_the_metric_loads_offline_and_agrees():
     assert evaluate.load(str(METRIC)).compute(**rows()) == EXPECTED
 
 
-def test_no_rows_have_no_score():
-    scores = selection_scores([], [], [], [])
+def test_no_rows_have_no_value():
+    metric = selection_metric([], [], [], [])
     means = ("visual_tokens", "tiles", "pointing_accuracy", "relevance_in_boxes")
-    assert {scores[name] for name in means} == {None}
-    assert scores["n"] == 0
+    assert {metric[name] for name in means} == {None}
+    assert metric["n"] == 0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tiles": [1]}, r"\[4, 1, 4, 4\] rows"),
-        ({"boxes": [[[0.0, 0.0, 64.0, 32.0]], [], [], []]}, r"row 0: boxes holds \[0.0, 0.0, 64.0, 32.0\]"),
-        ({"boxes": [[], [[0.5, 0.0, 0.5, 1.0]], [], []]}, "row 1: boxes holds"),
-        ({"boxes": [[], [[0.5, 0.0, 1.0]], [], []]}, "row 1: boxes holds"),
-        ({"relevance": [[[0.1, 0.2], [0.3]], [], [], []]}, r"row 0: relevance has rows of \[2, 1\] columns"),
-        ({"relevance": [[[-0.5, 0.2]], [], [], []]}, "row 0: relevance is within -0.5 and 0.2"),
-        ({"relevance": [[[0.0, 0.0]], [], [], []]}, "row 0: relevance is within 0.0 and 0.0"),
-        ({"relevance": [[[float("nan"), 1.0]], [], [], []]}, "row 0: relevance is within nan"),
-        ({"relevance": [[[]], [], [], []]}, "row 0: relevance has the shape"),
+        ({"tiles": [1]}, r"columns \(\[4, 1, 4, 4\] entries\)"),
+        ({"boxes": [[[0.0, 0.0, 64.0, 32.0]], [], [], []]}, r"row 0: boxes \(\[0.0, 0.0, 64.0, 32.0\]\)"),
+        ({"boxes": [[], [[0.5, 0.0, 0.5, 1.0]], [], []]}, r"row 1: boxes \(\[0.5, 0.0, "),
+        ({"boxes": [[], [[0.5, 0.0, 1.0]], [], []]}, r"row 1: boxes \(\[0.5, 0.0, "),
+        ({"relevance": [[[0.1, 0.2], [0.3]], [], [], []]}, r"row 0: relevance \(rows of \[2, 1\] columns\)"),
+        ({"relevance": [[[-0.5, 0.2]], [], [], []]}, r"row 0: relevance \(from -0.5 to 0.2\)"),
+        ({"relevance": [[[0.0, 0.0]], [], [], []]}, r"row 0: relevance \(from 0.0 to 0.0\)"),
+        ({"relevance": [[[float("nan"), 1.0]], [], [], []]}, r"row 0: relevance \(from nan to"),
+        ({"relevance": [[[]], [], [], []]}, r"row 0: relevance \(shape \(1, 0\)\)"),
     ],
 )
-def test_what_cannot_be_scored_is_named(change, message):
+def test_invalid_rows_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        selection_scores(**(rows() | change))
+        selection_metric(**(rows() | change))

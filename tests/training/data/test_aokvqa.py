@@ -1,16 +1,17 @@
-"""The A-OKVQA loader on small files of the published schema."""
+"""A-OKVQA: the loader on small files with the published schema, and its grading."""
 
 import io
 import logging
 import pickle
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.aokvqa import COLUMNS, HUB_ID, load_aokvqa, most_frequent, read_texts
+from training.data.aokvqa import AOKVQA, COLUMNS, HUB_ID, load_aokvqa, most_frequent, read_texts
 from training.data.cards import FEATURES as CARD_FEATURES
-from training.metrics.aokvqa.aokvqa import aokvqa_scores
+from training.metrics.aokvqa.aokvqa import aokvqa_metric
 
 
 SCHEMA = {
@@ -41,7 +42,7 @@ def _picture(colour="red") -> bytes:
 def _cut_jpeg() -> bytes:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 60).save(file, "JPEG")
-    return file.getvalue()[: len(file.getvalue()) // 2]  # the header stays: only reading it all tells
+    return file.getvalue()[: len(file.getvalue()) // 2]  # keeps the header: only a full read shows it
 
 
 def _row(question_id, image=None, **change):
@@ -59,9 +60,9 @@ def _row(question_id, image=None, **change):
 
 
 GOOD = [_row("a"), _row("b", _picture("blue"), correct_choice_idx=3, difficult_direct_answer=True)]
-BROKEN = [  # with the reason for both forms, or for the one that it matters to
+BROKEN = [  # each with the reason for multiple choice and for direct answers
     (_row("c", _cut_jpeg()), "broken image", "broken image"),
-    (_row("d", b"this is no picture"), "broken image", "broken image"),
+    (_row("d", b"this is not an image"), "broken image", "broken image"),
     (_row("e") | {"image": None}, "missing image", "missing image"),
     (_row("f", question=" "), "empty question", "empty question"),
     (_row(None), "no question id", "no question id"),
@@ -139,7 +140,7 @@ def test_the_metric_takes_the_samples(tmp_path, form):
         "direct_answers": [sample["direct_answers"] for sample in samples],
         "difficult": [sample["difficult"] for sample in samples],
     }
-    assert aokvqa_scores([sample["answer"] for sample in samples], **columns)[form] == 1
+    assert aokvqa_metric([sample["answer"] for sample in samples], **columns)[form] == 1
 
 
 def test_direct_answers_may_be_a_list(tmp_path):
@@ -157,17 +158,17 @@ def test_unusable_rows_are_counted_and_reported_once(tmp_path, caplog, form, col
     assert samples.skipped == {reason: reasons.count(reason) for reason in reasons}
     assert len(samples) == len(list(samples)) == len(GOOD) + len(BROKEN) - len(reasons)
     assert len(caplog.records) == 1
-    assert f"A-OKVQA train ({form}): {len(reasons)} of 17 rows left out" in caplog.text
+    assert f"A-OKVQA train ({form}): skipped {len(reasons)} of 17 rows" in caplog.text
     assert "broken image: 2" in caplog.text
 
 
-def test_nothing_is_reported_where_nothing_is_skipped(tmp_path, caplog):
+def test_nothing_is_reported_if_nothing_is_skipped(tmp_path, caplog):
     load_aokvqa(_folder(tmp_path, GOOD))
     assert caplog.records == []
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "data/train-0.parquet"])
-def test_where_the_files_may_lie(tmp_path, name):
+def test_files_may_be_in_the_folder_or_in_data(tmp_path, name):
     folder = _folder(tmp_path, GOOD, name)
     _folder(tmp_path, GOOD[:1], "validation.parquet")
     assert [row["question_id"] for row in load_aokvqa(folder, "train").rows] == ["a", "b"]
@@ -202,23 +203,23 @@ def test_the_hub_is_asked_without_a_folder(monkeypatch):
 def test_a_missing_column_is_named(tmp_path, monkeypatch, column):
     table = _table(GOOD).remove_columns(column)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
-    with pytest.raises(ValueError, match=f"no column {column}; there are .*rationales"):
+    with pytest.raises(ValueError, match=f"missing column {column}; the table has .*rationales"):
         load_aokvqa()
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*not_here"):
+    with pytest.raises(FileNotFoundError, match="folder .*not_here not found"):
         load_aokvqa(tmp_path / "not_here")
     with pytest.raises(FileNotFoundError, match=r"no validation\*.parquet in .*aokvqa"):
         load_aokvqa(_folder(tmp_path, GOOD), "validation")
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="'test', whose answers are not published"):
+    with pytest.raises(ValueError, match=r"split \('test'\): its answers are not published"):
         load_aokvqa(split="test")
-    with pytest.raises(ValueError, match="'val': choose from train, validation"):
+    with pytest.raises(ValueError, match=r"split \('val'\): choose from train, validation"):
         load_aokvqa(split="val")
-    with pytest.raises(ValueError, match="'open': choose from multiple_choice, direct_answer"):
+    with pytest.raises(ValueError, match=r"form \('open'\): choose from multiple_choice, direct_answer"):
         load_aokvqa(form="open")
 
 
@@ -238,12 +239,24 @@ def test_bad_options_are_refused():
         (None, []),
     ],
 )
-def test_texts_of_a_list_or_of_a_literal(value, texts):
+def test_texts_from_a_list_or_a_literal(value, texts):
     assert read_texts(value) == texts
 
 
 @pytest.mark.parametrize(
     ("answers", "expected"), [(["a", "b", "b"], "b"), (["b", "a", "a", "b"], "b"), (["a", "b", "c"], "a")]
 )
-def test_the_most_frequent_answer_and_of_several_the_first(answers, expected):
+def test_the_most_frequent_answer_or_the_first_of_several(answers, expected):
     assert most_frequent(answers) == expected
+
+
+# Grading
+
+
+def test_both_forms_are_graded():
+    multiple = {"choices": PETS, "correct_choice": 1, "direct_answers": [], "difficult": False}
+    direct = {"choices": [], "correct_choice": -1, "direct_answers": ["cat"] * 2 + ["dog"] * 8, "difficult": False}
+    samples, predictions = [multiple, multiple, direct, direct], ["B", "dog", "cat", "dog"]
+    assert AOKVQA.grade_all(predictions, samples) == pytest.approx(np.array([1, 0, 2 / 3, 1]))
+    metric = AOKVQA.metric(predictions, samples, [[[0.0, 0.0, 1.0, 1.0]]] * 4)
+    assert (metric["multiple_choice"], metric["direct_answer"]) == (0.5, pytest.approx(5 / 6))

@@ -1,0 +1,23 @@
+"""Command-line options that choose the training and evaluation data."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataArguments:
+    """Training and evaluation data."""
+
+    dataset: str = field(default="cards", metadata={"help": "Data set: cards, vqa_rad, aokvqa or refcoco."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local folder of the data set (default: the Hub). Not used by cards."}
+    )
+    split_by: str = field(
+        default="published", metadata={"help": "vqa_rad: published split, or image (no image in both splits)."}
+    )
+    form: str = field(default="multiple_choice", metadata={"help": "aokvqa: multiple_choice or direct_answer."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    train_size: int = field(default=100_000, metadata={"help": "cards: number of training samples to draw from."})
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate, such as validation."})
+    test_size: int = field(
+        default=2000, metadata={"help": "Number of questions to evaluate; all of the split if it has fewer."}
+    )
