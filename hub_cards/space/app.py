@@ -131,9 +131,8 @@ def ask(model, processor, image: Image.Image | None, question: str, max_tiles: i
     budget = {"max_tiles": int(max_tiles), "max_visual_tokens": int(max_visual_tokens)}
     answer = partial(generate, model, processor, image, question)
     start, times = time.perf_counter(), []
-    while (
-        not times or time.perf_counter() - start < MEASURED_SECONDS
-    ):  # alternating, so that both run under the same load
+    while not times or time.perf_counter() - start < MEASURED_SECONDS:
+        # Alternating, so that both run under the same load.
         text, output, milliseconds = answer(lazy_tiles=True, **budget)
         dense_text, _, dense_milliseconds = answer(lazy_tiles=False, selection="dense")
         times.append((milliseconds, dense_milliseconds))
