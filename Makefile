@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 install: .venv/installed  ## set up .venv with the tested versions (about 6 GB, two minutes)
@@ -14,9 +14,9 @@ install: .venv/installed  ## set up .venv with the tested versions (about 6 GB, 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
 
-environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other transformers that the tests ask
+environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other transformers versions of the tests
 
-# All but transformers and what it pins comes from .venv.
+# Everything except transformers and its pinned requirements comes from .venv.
 .venv-%/installed: .venv/installed
 	$(PYTHON) -m venv .venv-$*
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
@@ -24,20 +24,23 @@ environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other 
 	.venv-$*/bin/python -m pip install --quiet transformers==$*
 	touch $@
 
-demo: install  ## train question-guided selection on cards, show the table and the pictures (8 minutes on two cores)
+demo: install  ## train question-guided selection on cards, show table and pictures (8 minutes on two cores)
 	$(BIN)/python training/run_qgsa.py --preset demo
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest
 
-slow: install  ## run the tests that take minutes: presets on the published architectures, several processes, kills
+slow: install  ## run the slow tests: presets on the published architectures, several processes, killed runs
 	$(BIN)/python -m pytest -m slow
 
-quality: install  ## check style and that no file outgrew the repository
+quality: install  ## check formatting, spelling, types and file sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/python .ci/check_sizes.py
 
-style: install  ## mend the style
+style: install  ## fix formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,19 +1,19 @@
-"""Make a complete folder for the Hub: weights, code, tokenizer and preprocessor files, card, licence, figures.
+"""Export a complete folder for the Hub: weights, code, tokenizer and preprocessor files, card, licence and figures.
 
-    python hub_cards/export.py --base_model outputs/demo --output outputs/hub/qgsa-smolvlm-tiny
-    python hub_cards/export.py --base_model outputs/vqa_rad_256m --output outputs/hub/qgsa-smolvlm-256m
+    python hub_cards/export.py --model outputs/demo --output_dir outputs/hub/qgsa-smolvlm-tiny
+    python hub_cards/export.py --model outputs/vqa_rad_256m --output_dir outputs/hub/qgsa-smolvlm-256m
 
-`--base_model` is a run's outputs folder, or a dense checkpoint, which gets a fresh selector. The way back, for what
-knows only the published architectures (llama.cpp, OpenVINO and others): the adapted weights without the selector.
+`--model` is the outputs folder of a run, a QGSA checkpoint, or a dense checkpoint, which gets an untrained selector.
+`--format` exports the adapted weights without the selector, for software that only supports the published
+architectures (such as llama.cpp and OpenVINO):
 
-    python hub_cards/export.py --base_model outputs/vqa_rad_256m --format idefics3 --output outputs/hub/plain-256m
+    python hub_cards/export.py --model outputs/vqa_rad_256m --format idefics3 --output_dir outputs/hub/plain-256m
 
-The folder appears when it is complete, and one that is there already is left as it is.
+The folder appears only once it is complete; an existing folder is left untouched.
 """
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from transformers import (
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import AUTO_MAP
 from modeling_qgsa.conversion_qgsa import OWN
-from training.cli.arguments import check_source, parse
+from training.cli.arguments import check_source, errors_in_one_line, parse
 from training.model_card import CardContent, budgets_in_words, selector_share, write_card
 
 
@@ -41,7 +41,7 @@ PLAIN = {
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
 }
-# Tokenizer, chat template and preprocessor, as published; saved by transformers 5 they do not load on 4.
+# Tokenizer, chat template and preprocessor as published: transformers 4 cannot load them once 5 has saved them.
 VERBATIM = (
     "added_tokens.json",
     "chat_template.*",
@@ -62,56 +62,56 @@ tags:
 
 # {repo_id}
 
-The weights of a QGSA-SmolVLM without its selector: a plain SmolVLM, which encodes every tile and keeps every visual
-token, for whatever does not know QGSA. Load it with `AutoModelForImageTextToText.from_pretrained("{repo_id}")`.
-Nothing was measured of it apart from QGSA's own `selection="dense"`, whose logits it has.
+The weights of a QGSA-SmolVLM without its selector: a plain SmolVLM that encodes every tile and keeps every visual
+token, for software that does not support QGSA. Load it with
+`AutoModelForImageTextToText.from_pretrained("{repo_id}")`. Its logits equal those of QGSA with `selection="dense"`; it
+has not been measured separately.
 """
-SIZES = {576: "256m", 960: "500m"}  # by the width of the text model
+SIZES = {576: "256m", 960: "500m"}  # by hidden size of the text model
+RENAMED = {"--base_model": "--model", "--output": "--output_dir", "--files": "--processor"}
 RESULTS = HERE / "results"
 CODE = HERE.parent / "modeling_qgsa"
 
 
 @dataclass
 class ExportArguments:
-    """What to export, as what, and where to."""
+    """Source, format and destination of an export."""
 
-    base_model: str = field(metadata={"help": "A run's outputs folder, or a dense checkpoint: Hub id or folder."})
-    output: str = field(metadata={"help": "Folder to make; it must not be there, or be empty."})
-    format: str = field(
-        default="qgsa", metadata={"help": "qgsa; or idefics3 or smolvlm: the plain architecture, without selector."}
+    model: str = field(
+        metadata={"help": "Outputs folder of a run, QGSA checkpoint or dense checkpoint: Hub id or folder."}
     )
-    files: str | None = field(
+    output_dir: str = field(metadata={"help": "Folder to create; must be empty or not exist."})
+    format: str = field(
+        default="qgsa", metadata={"help": "qgsa; or idefics3 or smolvlm, the plain architecture without selector."}
+    )
+    processor: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of the published processor; by default what base_model was made from."},
+        metadata={"help": "Hub id or folder of the published processor files; by default those of the base model."},
     )
     results: str | None = field(
-        default=None, metadata={"help": "results.json of its evaluation; that of base_model by default, if there."}
+        default=None, metadata={"help": "results.json of the evaluation; by default that of the model, if present."}
     )
-    repo_id: str | None = field(
-        default=None, metadata={"help": "Hub id that the card loads; the folder's by default."}
-    )
-    random_weights: bool = field(default=False, metadata={"help": "Build base_model from its config, untrained."})
+    repo_id: str | None = field(default=None, metadata={"help": "Hub id named in the card; output_dir by default."})
+    random_weights: bool = field(default=False, metadata={"help": "Initialize the model from its config, untrained."})
 
 
 def main():
-    run = parse(ExportArguments, __doc__)
-    try:
+    run = parse(ExportArguments, __doc__, RENAMED)
+    with errors_in_one_line():
         export(run)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{run.format} checkpoint: {run.output}")
+    print(f"{run.format} checkpoint: {run.output_dir}")
 
 
 def export(run: ExportArguments):
-    """Make the folder `run.output`. Raises ValueError where it is not empty, or for an unknown format."""
+    """Create the folder `run.output_dir`. Raises ValueError if it is not empty or the format is unknown."""
     if run.format not in ("qgsa", *PLAIN):
-        raise ValueError(f"format is {run.format!r}: choose from qgsa, {', '.join(PLAIN)}")
-    output = Path(run.output)
+        raise ValueError(f"format ({run.format!r}) must be one of qgsa, {', '.join(PLAIN)}")
+    output = Path(run.output_dir)
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"output {output} holds {len(list(output.iterdir()))} files: choose another folder")
-    check_source(run.base_model)
-    made_from = dense_base_of(run.base_model)
-    files = files_of(run.files or made_from)
+        raise ValueError(f"output_dir ({output}) must be empty or not exist: choose another folder")
+    check_source(run.model)
+    made_from = dense_base_of(run.model)
+    files = processor_files(run.processor or made_from)
     model = load(run)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
@@ -124,60 +124,60 @@ def export(run: ExportArguments):
             write_card(staged, describe(run, model, made_from, staged))
         else:
             to_plain(model, run.format).save_pretrained(staged)
-            (staged / "README.md").write_text(PLAIN_CARD.format(repo_id=run.repo_id or run.output))
+            (staged / "README.md").write_text(PLAIN_CARD.format(repo_id=run.repo_id or run.output_dir))
         copy_processor(files, staged, run.format)
         write_generation_config(files, staged, model)
-        name_for_other_readers(staged)
+        add_legacy_fields(staged)
         shutil.copyfile(HERE.parent / "LICENSE", staged / "LICENSE")
         if output.exists():
             output.rmdir()
         staged.rename(output)
 
 
-def dense_base_of(base_model: str) -> str:
-    """The dense checkpoint that a run's folder was made from, as its `run.json` says; `base_model` itself else."""
-    path = Path(base_model) / "run.json"
-    return json.loads(path.read_text())["base_model"] if path.exists() else base_model
+def dense_base_of(model: str) -> str:
+    """Dense checkpoint of a run's folder, from its `run.json`; without that file, `model` itself."""
+    path = Path(model) / "run.json"
+    return json.loads(path.read_text())["base_model"] if path.exists() else model
 
 
-def files_of(source: str) -> Path:
-    """Folder with the processor's files of a Hub id or a folder. Raises ValueError where there is no tokenizer."""
+def processor_files(source: str) -> Path:
+    """Folder of the processor files of a Hub id or folder. Raises ValueError if it has no tokenizer."""
     names = [*VERBATIM, "processor_config.json", "generation_config.json"]
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=names))
     if not (folder / "tokenizer_config.json").exists():
-        raise ValueError(f"files {source}: there is no tokenizer_config.json, give the folder or id that has one")
+        raise ValueError(f"processor ({source}) has no tokenizer_config.json: give the id or folder of a processor")
     return folder
 
 
-def has_selector(base_model: str) -> bool:
-    """Whether a checkpoint is one of ours, and not a dense one; without running its code."""
-    described, _ = PretrainedConfig.get_config_dict(base_model)
-    return described.get("model_type") == QGSAConfig.model_type
+def has_selector(model: str) -> bool:
+    """Whether a checkpoint is a QGSA checkpoint, read from its config alone."""
+    config, _ = PretrainedConfig.get_config_dict(model)
+    return config.get("model_type") == QGSAConfig.model_type
 
 
 def load(run: ExportArguments) -> QGSASmolVLMForConditionalGeneration:
-    """The QGSA model of a run's folder, or of a dense checkpoint with a fresh selector."""
-    if has_selector(run.base_model):
-        return QGSASmolVLMForConditionalGeneration.from_pretrained(run.base_model)
+    """Load the QGSA model; a dense checkpoint gets an untrained selector."""
+    if has_selector(run.model):
+        return QGSASmolVLMForConditionalGeneration.from_pretrained(run.model)
     if not run.random_weights:
-        return QGSASmolVLMForConditionalGeneration.from_dense(run.base_model)
-    dense = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run.base_model))
-    tokenizer = QGSAProcessor.from_pretrained(run.base_model).tokenizer
+        return QGSASmolVLMForConditionalGeneration.from_dense(run.model)
+    dense = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run.model))
+    tokenizer = QGSAProcessor.from_pretrained(run.model).tokenizer
     return QGSASmolVLMForConditionalGeneration.from_dense(dense, tokenizer)
 
 
 def to_plain(model: QGSASmolVLMForConditionalGeneration, architecture: str):
-    """The text model, encoder and connector of `model` as a stock model: what it is with `selection="dense"`."""
+    """Text model, vision encoder and connector as a stock model, equal to `model` with `selection="dense"`."""
     config_class, model_class = PLAIN[architecture]
-    own = model.config
-    vision = {name: value for name, value in own.vision_config.to_dict().items() if name != "model_type"}
+    source = model.config
+    vision = {name: value for name, value in source.vision_config.to_dict().items() if name != "model_type"}
     config = config_class(
-        text_config=own.text_config.to_dict(),
+        text_config=source.text_config.to_dict(),
         vision_config=vision,
-        scale_factor=own.scale_factor,
-        image_token_id=own.image_token_id,
-        tie_word_embeddings=own.tie_word_embeddings,
-        pad_token_id=own.text_config.pad_token_id,
+        scale_factor=source.scale_factor,
+        image_token_id=source.image_token_id,
+        tie_word_embeddings=source.tie_word_embeddings,
+        pad_token_id=source.text_config.pad_token_id,
     )
     plain = model_class._from_config(config, dtype=model.dtype)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(OWN)})
@@ -185,71 +185,73 @@ def to_plain(model: QGSASmolVLMForConditionalGeneration, architecture: str):
 
 
 def copy_processor(files: Path, folder: Path, architecture: str):
-    """Copy tokenizer, chat template and preprocessor as they are; the processor's own file names its class."""
+    """Copy tokenizer, chat template and preprocessor verbatim; write `processor_config.json` with the class name."""
     for pattern in VERBATIM:
         for path in sorted(files.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-    own = json.loads((files / "processor_config.json").read_text())
-    if "image_processor" in own or not (files / "preprocessor_config.json").exists():
-        raise ValueError(f"files {files} was saved by transformers 5, which 4 cannot read: give the published files")
-    written = {"image_seq_len": own["image_seq_len"], "processor_class": "Idefics3Processor"}
+    published = json.loads((files / "processor_config.json").read_text())
+    if "image_processor" in published or not (files / "preprocessor_config.json").exists():
+        raise ValueError(
+            f"processor ({files}) was saved by transformers 5, which 4 cannot read: give the published files"
+        )
+    written = {"image_seq_len": published["image_seq_len"], "processor_class": "Idefics3Processor"}
     if architecture == "qgsa":
         written |= {"processor_class": "QGSAProcessor", "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
     write_json(folder / "processor_config.json", written)
 
 
 def write_generation_config(files: Path, folder: Path, model):
-    """The published generation config, stopping at the end of an utterance, whatever the tokenizer calls its end."""
+    """Write the published generation config with the end-of-utterance token as its only stop token."""
     path = files / "generation_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
-    config.pop("_from_model_config", None)  # transformers 4 would take the text model's ids then
+    config.pop("_from_model_config", None)  # would make transformers 4 use the text model's ids
     write_json(folder / "generation_config.json", config | {"eos_token_id": model.config.end_of_utterance_token_id})
 
 
-def name_for_other_readers(folder: Path):
-    """Name what others than transformers 5 look for: the base of the rotary positions, and what the text model is."""
+def add_legacy_fields(folder: Path):
+    """Add the config fields that other readers need: `rope_theta` and the architecture of the text model."""
     config = json.loads((folder / "config.json").read_text())
     rope = config["text_config"]["rope_parameters"]
     if rope["rope_type"] != "default":
-        raise ValueError(f"rope_type is {rope['rope_type']!r}: only default can be written for older readers")
+        raise ValueError(f"rope_type ({rope['rope_type']!r}) must be 'default' to be readable by transformers 4")
     config["text_config"] |= {
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
-        "architectures": ["LlamaForCausalLM"],  # llama.cpp converts it on its own
+        "architectures": ["LlamaForCausalLM"],  # lets llama.cpp convert the text model alone
     }
     write_json(folder / "config.json", config)
 
 
 def add_evidence(run: ExportArguments, folder: Path):
-    """Put the results and figures that the card speaks of beside it; those of a dense checkpoint are none of ours.
+    """Copy the results and figures that the card shows; results of a dense checkpoint do not belong to this model.
 
-    Without figures of its own it gets that of the tiny stand-in, to show how selection works.
+    Without figures of its own the model gets the selection figure of the tiny stand-in, as an illustration.
     """
-    own = Path(run.base_model)
-    if run.results or (has_selector(run.base_model) and (own / "results.json").exists()):
-        shutil.copyfile(run.results or own / "results.json", folder / "results.json")
-    if has_selector(run.base_model) and (own / "figures").is_dir():
-        shutil.copytree(own / "figures", folder / "figures")
+    source = Path(run.model)
+    if run.results or (has_selector(run.model) and (source / "results.json").exists()):
+        shutil.copyfile(run.results or source / "results.json", folder / "results.json")
+    if has_selector(run.model) and (source / "figures").is_dir():
+        shutil.copytree(source / "figures", folder / "figures")
     else:
         (folder / "figures").mkdir()
         shutil.copyfile(RESULTS / "cards_selections.png", folder / "figures" / "selections.png")
 
 
 def describe(run: ExportArguments, model, made_from: str, folder: Path) -> CardContent:
-    """What the card of the exported `folder` is made of."""
+    """Content of the card of the exported `folder`."""
     size = SIZES.get(model.config.text_config.hidden_size)
-    base = None if Path(made_from).exists() else made_from
-    made_from = base or f"{'random weights of ' * run.random_weights}{Path(made_from).name}"
+    base_model = None if Path(made_from).exists() else made_from
+    made_from = base_model or f"{'random weights of ' * run.random_weights}{Path(made_from).name}"
     results = folder / "results.json"
     return CardContent(
-        name=Path(run.output).name,
-        repo_id=run.repo_id or run.output,
+        name=Path(run.output_dir).name,
+        repo_id=run.repo_id or run.output_dir,
         made_from=made_from,
-        base_model=base,
+        base_model=base_model,
         budgets=budgets_in_words(model.config),
         command="python training/run_qgsa.py --preset " + (f"vqa_rad_{size}" if size else "demo"),
         selector_cost=selector_share(model.config),
-        trained=has_selector(run.base_model),
+        trained=has_selector(run.model),
         parameters=None if size else model.num_parameters(),
         accuracy=read_json(results) if results.exists() else None,
         speed=read_json(RESULTS / f"speed_{size}_cpu.json") if size else None,

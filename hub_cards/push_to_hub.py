@@ -1,15 +1,14 @@
-"""Publish a folder that `hub_cards/export.py` made.
+"""Publish a folder exported by `hub_cards/export.py`.
 
-    python hub_cards/push_to_hub.py --folder outputs/hub/qgsa-smolvlm-256m --repo_id org/qgsa-smolvlm-256m --dry_run
-    python hub_cards/push_to_hub.py --folder outputs/hub/qgsa-smolvlm-256m --repo_id org/qgsa-smolvlm-256m --tag v0.1.0
+    python hub_cards/push_to_hub.py --model outputs/hub/qgsa-smolvlm-256m --repo_id org/qgsa-smolvlm-256m --dry_run
+    python hub_cards/push_to_hub.py --model outputs/hub/qgsa-smolvlm-256m --repo_id org/qgsa-smolvlm-256m --tag v0.1.0
 
-Weights and code go first, in one commit, and the card last: who reads the card finds all that it speaks of. A
-repository that holds a model of another type is left alone without `--force`. Uploads that fail for reasons of the
-network or the server are tried again. Log in first (`hf auth login`), or set HF_TOKEN.
+Weights and code are uploaded first, in one commit, and the card last, so that everything the card mentions is already
+there. A repository with a model of another type is only overwritten with `--force`. Uploads that fail because of the
+network or the server are retried. Log in first (`hf auth login`), or set HF_TOKEN.
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,60 +18,61 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 
-from training.cli.arguments import parse
+from training.cli.arguments import errors_in_one_line, parse
 
 
 CARD = "README.md"
-# What an earlier push may have left, and would be loaded in the place of what is uploaded, or beside it.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "adapter_*"]
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "adapter_*"]  # leftovers of earlier uploads
 TEMPORARY = (httpx.TransportError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+RENAMED = {"--folder": "--model"}
 
 
 @dataclass
 class PushArguments:
-    """What to publish, and where."""
+    """Folder to publish and its repository."""
 
-    folder: str = field(metadata={"help": "Folder to upload, with config, weights, processor and card."})
-    repo_id: str = field(metadata={"help": "Repository of the Hub: org/name. It is made if it is not there."})
-    tag: str | None = field(default=None, metadata={"help": "New tag for what was uploaded, such as v0.1.0."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository a private one."})
-    dry_run: bool = field(default=False, metadata={"help": "Say what would be done, and write nothing."})
-    force: bool = field(default=False, metadata={"help": "Overwrite a model of another type too."})
-    attempts: int = field(default=5, metadata={"help": "How often to try, waiting 1, 2, 4 ... seconds in between."})
+    model: str = field(metadata={"help": "Exported folder, with config, weights, processor and card."})
+    repo_id: str = field(metadata={"help": "Hub repository (org/name); created if it does not exist."})
+    tag: str | None = field(default=None, metadata={"help": "New tag for this upload, such as v0.1.0."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    dry_run: bool = field(default=False, metadata={"help": "List what would be uploaded, without writing anything."})
+    force: bool = field(default=False, metadata={"help": "Overwrite a model of another type."})
+    attempts: int = field(default=5, metadata={"help": "Attempts per request, 1, 2, 4 ... seconds apart."})
 
 
 def main():
-    run = parse(PushArguments, __doc__)
-    try:
-        push(run)
-    except (OSError, ValueError, httpx.TransportError) as error:
-        sys.exit(f"error: {error}")
+    run = parse(PushArguments, __doc__, RENAMED)
+    with errors_in_one_line():
+        try:
+            push(run)
+        except httpx.TransportError as error:  # not an OSError
+            raise ConnectionError(error) from error
 
 
 def push(run: PushArguments, api: HfApi | None = None):
-    """Publish `run.folder`. Raises ValueError, before anything is written, for a folder or repository it must not."""
-    api, folder = api or HfApi(), Path(run.folder)
-    files, ours = check_folder(folder, run.repo_id)
-    theirs = model_type_of(api, run)
-    if theirs not in (None, "", ours) and not run.force:
+    """Publish `run.model`. Raises ValueError before any upload if folder, repository or tag do not allow it."""
+    api, folder = api or HfApi(), Path(run.model)
+    files, model_type = check_folder(folder, run.repo_id)
+    existing = model_type_of(api, run)
+    if existing not in (None, "", model_type) and not run.force:
         raise ValueError(
-            f"repo_id {run.repo_id} holds a {theirs!r} model, {folder} a {ours!r} one: --force overwrites it"
+            f"repo_id ({run.repo_id}) holds a {existing!r} model, not {model_type!r}: --force overwrites it"
         )
-    if run.tag and theirs is not None:
+    if run.tag and existing is not None:
         for tag in attempt(run, lambda: api.list_repo_refs(run.repo_id)).tags:
             if tag.name == run.tag:
-                raise ValueError(f"tag {run.tag} is there already, at {tag.target_commit[:10]}: choose another one")
+                raise ValueError(f"tag ({run.tag}) already exists at {tag.target_commit[:10]}: choose another name")
     for path in files:
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {path.relative_to(folder)}")
-    state = "new" if theirs is None else f"there, {theirs or 'no config'}"
+    state = "new" if existing is None else f"existing, {existing or 'no config'}"
     print(f"{len(files)} files to {api.endpoint}/{run.repo_id} ({state})")
     if run.dry_run:
         print("dry run: nothing was written")
         return
     attempt(run, lambda: api.create_repo(run.repo_id, private=run.private, exist_ok=True))
     upload = {"repo_id": run.repo_id, "folder_path": folder}
-    message = f"Upload {ours} checkpoint"
+    message = f"Upload {model_type} checkpoint"
     attempt(
         run,
         lambda: api.upload_folder(**upload, ignore_patterns=[CARD], delete_patterns=REPLACED, commit_message=message),
@@ -84,31 +84,33 @@ def push(run: PushArguments, api: HfApi | None = None):
 
 
 def check_folder(folder: Path, repo_id: str) -> tuple[list[Path], str]:
-    """The files of an exported folder and its model type.
+    """Check an exported folder. Returns its files and its model type.
 
-    Raises ValueError where something is missing that a checkpoint needs, where there is something that none of ours
-    has (pickled weights, links, hidden files), and for a card that loads another repository.
+    Raises ValueError if a required file is missing, if there are pickled weights, links or hidden files, or if the
+    card loads another repository.
     """
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     names = {str(path.relative_to(folder)) for path in files}
-    lacking = {"config.json", "processor_config.json", "generation_config.json", CARD} - names
+    missing = {"config.json", "processor_config.json", "generation_config.json", CARD} - names
     if not any(name.endswith(".safetensors") for name in names):
-        lacking.add("*.safetensors")
-    config = {} if "config.json" in lacking else read_config(folder / "config.json")
+        missing.add("*.safetensors")
+    config = {} if "config.json" in missing else read_config(folder / "config.json")
     modules = {reference.split(".")[0] + ".py" for reference in config.get("auto_map", {}).values()}
-    lacking |= modules - names
-    if lacking:
-        raise ValueError(f"folder {folder} lacks {', '.join(sorted(lacking))}: make it with hub_cards/export.py")
-    foreign = [path.name for path in files if path.suffix in PICKLES or path.name.startswith(".") or path.is_symlink()]
-    if foreign:
-        raise ValueError(f"folder {folder} holds {', '.join(foreign)}: no pickles, links or hidden files are uploaded")
+    missing |= modules - names
+    if missing:
+        raise ValueError(f"model ({folder}) lacks {', '.join(sorted(missing))}: export it with hub_cards/export.py")
+    unsafe = [path.name for path in files if path.suffix in PICKLES or path.name.startswith(".") or path.is_symlink()]
+    if unsafe:
+        raise ValueError(
+            f"model ({folder}) must not contain pickles, links or hidden files: remove {', '.join(unsafe)}"
+        )
     if f'"{repo_id}"' not in (folder / CARD).read_text():
-        raise ValueError(f"{folder / CARD} does not load {repo_id}: export it with --repo_id {repo_id}")
+        raise ValueError(f"the card ({folder / CARD}) does not load {repo_id}: export it with --repo_id {repo_id}")
     return files, config["model_type"]
 
 
 def model_type_of(api: HfApi, run: PushArguments) -> str | None:
-    """The model type in the repository; "" where it has no config, None where there is no repository."""
+    """Model type of the repository; "" if it has no config, None if it does not exist."""
     try:
         files = attempt(run, lambda: api.model_info(run.repo_id)).siblings
     except RepositoryNotFoundError:
@@ -121,15 +123,15 @@ def model_type_of(api: HfApi, run: PushArguments) -> str | None:
 
 
 def read_config(path: Path) -> dict:
-    """The content of a `config.json`. Raises ValueError, naming it, where it is no JSON."""
+    """Content of a `config.json`. Raises ValueError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def attempt(run: PushArguments, action):
-    """Do `action`, again where the network or the server failed, `run.attempts` times in all; returns its result."""
+    """Return `action()`, retried up to `run.attempts` times after network and server errors."""
     for number in range(run.attempts):
         try:
             return action()

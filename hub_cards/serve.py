@@ -5,18 +5,17 @@
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs/demo", messages=[...], extra_body={"qgsa": {"max_tiles": 2}})
 
-`POST /v1/chat/completions` (also as a stream), `GET /v1/models` and `GET /health`. A response has one field more,
-`qgsa`: what was looked at. Of a checkpoint no code and no pickle is run. There are no keys: put what faces the world
-behind a proxy that asks for them.
+Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
+field, `qgsa`, with the number of visual tokens and tiles in use. Neither code nor pickles of a checkpoint are run. The
+server has no authentication: expose it only behind a proxy that has.
 
-This is not `transformers serve`, because that finds models by the names in its own tables, which no `register` call
-reaches, and has no hook for limits on images and URLs or for another field.
+`transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
+no limits on images and URLs and no additional response fields.
 """
 
 import asyncio
 import json
 import reprlib
-import sys
 import threading
 import time
 import uuid
@@ -43,32 +42,32 @@ from transformers import (
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.selection_qgsa import read_layout
-from training.cli.arguments import check_source
+from training.cli.arguments import check_source, errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
 
 
-SECONDS_TO_SEND = 60  # a request: its body is held in memory meanwhile
-SPARE_CONNECTIONS = 8  # for /health, and for those that are told to come again
+SECONDS_TO_SEND = 60  # per request, whose body is in memory meanwhile
+SPARE_CONNECTIONS = 8  # for /health and for 503 responses
 
 
 @dataclass
 class ServeArguments(Limits):
-    """What to serve, where, and within which limits."""
+    """Model, address and limits of the server."""
 
     model: str = field(default="hub_cards/tiny-qgsa", metadata={"help": "QGSA checkpoint: Hub id or folder."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 is all of them."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
 
 
 def load(name: str, device: str = "cpu"):
-    """Load `(model, processor)` of a Hub id or folder. Raises ValueError for a checkpoint of another model type."""
+    """Load `(model, processor)` from a Hub id or folder. Raises ValueError if the model type is not QGSA's."""
     check_source(name)
     found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if found != QGSAConfig.model_type:
         raise ValueError(
-            f"{name} is of model type {found!r}, not {QGSAConfig.model_type!r}: make one of it with "
-            "QGSASmolVLMForConditionalGeneration.from_dense"
+            f"model ({name}) must have model type {QGSAConfig.model_type!r}, not {found!r}: convert it with "
+            "hub_cards/export.py"
         )
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     processor = QGSAProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -76,28 +75,28 @@ def load(name: str, device: str = "cpu"):
 
 
 class StopWhen(StoppingCriteria):
-    """Stops where the new text holds a stop string (`found`), or when the client is gone."""
+    """Stops at a stop string in the new text (`found`), or when the client has disconnected."""
 
-    def __init__(self, tokenizer, prompt_tokens: int, strings: list[str], gone: threading.Event):
-        self.tokenizer, self.prompt_tokens, self.strings, self.gone = tokenizer, prompt_tokens, strings, gone
-        self.found = False
+    def __init__(self, tokenizer, prompt_tokens: int, strings: list[str], disconnected: threading.Event):
+        self.tokenizer, self.prompt_tokens, self.strings = tokenizer, prompt_tokens, strings
+        self.disconnected, self.found = disconnected, False
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.strings:
             text = self.tokenizer.decode(input_ids[0, self.prompt_tokens :], skip_special_tokens=True)
             self.found = any(string in text for string in self.strings)
-        return torch.full((1,), self.found or self.gone.is_set(), device=input_ids.device)
+        return torch.full((1,), self.found or self.disconnected.is_set(), device=input_ids.device)
 
 
 @dataclass
 class Answer:
-    """What is known of an answer beside its text.
+    """An answer without its text.
 
     Args:
         finish_reason: "stop" or "length".
-        prompt_tokens: all of them, those of the images too that the model did not look at.
-        completion_tokens: with the one that ends the answer.
-        qgsa: what was looked at, see `Answerer.describe`; None where there were no images.
+        prompt_tokens: length of the prompt, dropped visual tokens included.
+        completion_tokens: length of the answer, the end token included.
+        qgsa: visual tokens and tiles in use, see `Answerer.describe`; None without images.
     """
 
     finish_reason: str
@@ -112,12 +111,12 @@ class Answer:
 
 
 class Answerer:
-    """Answers requests in threads of its own, `limits.concurrency` at once and in the order they came.
+    """Answers requests in its own threads, `limits.concurrency` at a time and in order of arrival.
 
     Args:
-        model: in evaluation mode.
-        processor: of the same checkpoint.
-        limits: what a request may cost.
+        model: the model, in evaluation mode.
+        processor: the processor of the same checkpoint.
+        limits: limits of a request.
     """
 
     def __init__(self, model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcessor, limits: Limits):
@@ -130,9 +129,9 @@ class Answerer:
         self.max_characters = self.context * max(map(len, processor.tokenizer.get_vocab()))
 
     def check(self, chat: ChatRequest):
-        """Raise RequestError for what can be refused before anything is loaded."""
+        """Raise RequestError for errors that show before any image is loaded."""
         if chat.model not in (None, self.name):
-            message = f"model is {reprlib.repr(chat.model)}: this server has {self.name!r}"
+            message = f"model ({reprlib.repr(chat.model)}) is not served here: use {self.name!r}"
             raise RequestError(message, "model", status=404, code="model_not_found")
         try:
             self.budget(chat)
@@ -143,28 +142,28 @@ class Answerer:
     def budget(self, chat: ChatRequest) -> Budget:
         return Budget.of(self.model.config, **chat.qgsa.model_dump())
 
-    def start(self, chat: ChatRequest, images: list, streamer, gone: threading.Event) -> asyncio.Future:
-        """Have a request answered: its text goes to `streamer`, and the future becomes its `Answer`.
+    def start(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> asyncio.Future:
+        """Queue a request: its text goes to `streamer`, and the future resolves to its `Answer`.
 
-        `gone` stops it. Raises RequestError (503) where too many wait already.
+        Setting `disconnected` stops it. Raises RequestError (503) if the queue is full.
         """
         if not self.places.acquire(blocking=False):
-            message = f"{self.limits.max_waiting} requests wait already, which is the most: try again later"
+            message = f"queue full ({self.limits.max_waiting} waiting requests): try again later"
             raise RequestError(message, status=503, code="overloaded")
-        future = self.threads.submit(self.answer, chat, images, streamer, gone)
+        future = self.threads.submit(self.answer, chat, images, streamer, disconnected)
         future.add_done_callback(lambda _: self.places.release())
         return asyncio.wrap_future(future)
 
-    def answer(self, chat: ChatRequest, images: list, streamer, gone: threading.Event) -> Answer:
-        """Answer a request, in a thread. Raises RequestError for images and questions that cannot be answered."""
+    def answer(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> Answer:
+        """Answer a request, in a thread. Raises RequestError if the images or the prompt are invalid."""
         try:
-            if gone.is_set():
-                raise RequestError("the client is gone", status=499)
+            if disconnected.is_set():
+                raise RequestError("client disconnected", status=499)
             started = time.perf_counter()
             inputs = self.prepare(chat, images)
             prompt_tokens = inputs["input_ids"].shape[1]
             options = self.options(chat, prompt_tokens)
-            stop = StopWhen(self.processor.tokenizer, prompt_tokens, chat.stop, gone)
+            stop = StopWhen(self.processor.tokenizer, prompt_tokens, chat.stop, disconnected)
             if chat.seed is not None:
                 torch.manual_seed(chat.seed)
             output = self.model.generate(
@@ -186,7 +185,7 @@ class Answerer:
             streamer.end()
 
     def prepare(self, chat: ChatRequest, images: list) -> BatchFeature:
-        """The inputs of the model. Raises RequestError."""
+        """Inputs of the model. Raises RequestError if the images or the prompt are invalid."""
         text = self.processor.apply_chat_template(chat.turns(), add_generation_prompt=True)
         for image, (where, _) in zip(images, chat.image_urls):
             decode(image, where)
@@ -195,18 +194,18 @@ class Answerer:
             inputs = self.processor(
                 text=[text], images=[images] if images else None, return_tensors="pt", lazy_tiles=lazy
             )
-        except ValueError as error:  # an image of a line, or one without a question
+        except ValueError as error:  # such as an image one pixel high, or no question
             raise RequestError(f"messages: {error}", "messages") from error
         return inputs.to(self.model.device)
 
     def options(self, chat: ChatRequest, prompt_tokens: int) -> dict:
-        """Arguments of `generate`. Raises RequestError where the context has no room for prompt and answer."""
+        """Keyword arguments of `generate`. Raises RequestError if prompt and answer exceed the context."""
         asked = chat.max_completion_tokens or chat.max_tokens
         left = self.context - prompt_tokens
         if left < (asked or 1):
             message = (
-                f"messages: a prompt of {prompt_tokens} tokens and an answer of {asked or 1}, the model's context "
-                f"holds {self.context}"
+                f"messages: {prompt_tokens} prompt tokens and {asked or 1} answer tokens exceed the model's "
+                f"context of {self.context}"
             )
             raise RequestError(message, "messages", code="context_length_exceeded")
         options = {"max_new_tokens": asked or min(self.limits.max_new_tokens, left)}
@@ -217,9 +216,10 @@ class Answerer:
         return options | chat.qgsa.model_dump(exclude_none=True)
 
     def describe(self, input_ids: torch.LongTensor, selection) -> dict:
-        """What was looked at of each image; all of it without a `selection`.
+        """Cost of each image, `input_ids` being `(1, L)`; everything counts without a `selection`.
 
-        Returns visual_tokens (kept) and tiles (encoded at high resolution), and those of "dense"; one number an image.
+        Returns visual_tokens (kept) and tiles (encoded at high resolution), each also for "dense"; one number per
+        image.
         """
         config = self.model.config
         marker_ids = (config.image_token_id, config.global_image_token_id, config.tile_token_ids)
@@ -229,14 +229,14 @@ class Answerer:
         described = {"visual_tokens": tokens, "visual_tokens_dense": tokens, "tiles": tiles, "tiles_dense": tiles}
         if selection is not None:
             kept = selection.kept_tokens[0].split(tokens)
-            looked = selection.kept_tiles[0].split([count + 1 for count in tiles])
+            encoded = selection.kept_tiles[0].split([count + 1 for count in tiles])
             described["visual_tokens"] = [int(image.sum()) for image in kept]
-            described["tiles"] = [int(image[:-1].sum()) for image in looked]  # the last one is the global view
+            described["tiles"] = [int(image[:-1].sum()) for image in encoded]  # the last is the global view
         return described
 
 
 def end_of_answer(text: str, stops: list[str], complete: bool) -> int:
-    """Length of what may be sent of a text: up to the first stop string, or to what may become one."""
+    """Length of the text that can be sent: up to the first stop string, or to the possible beginning of one."""
     found = [text.index(stop) for stop in stops if stop in text]
     if found or complete:
         return min(found, default=len(text))
@@ -244,7 +244,7 @@ def end_of_answer(text: str, stops: list[str], complete: bool) -> int:
 
 
 async def cut(pieces: AsyncIterator[str], stops: list[str]) -> AsyncIterator[str]:
-    """A text in pieces, up to the first stop string and without spaces in front: the template has one there."""
+    """Pieces of a text up to the first stop string, without the leading space that the template leaves."""
     text, sent = "", 0
     async for piece in pieces:
         text += piece
@@ -258,38 +258,38 @@ async def cut(pieces: AsyncIterator[str], stops: list[str]) -> AsyncIterator[str
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read the body, whatever length it says it has. Raises RequestError (413) beyond `max_bytes`."""
+    """Read the body, whatever its declared length. Raises RequestError (413) beyond `max_bytes`."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
-            raise RequestError(f"the request has more than the {max_bytes} bytes that are allowed", status=413)
+            raise RequestError(f"the request exceeds the limit of {max_bytes} bytes", status=413)
     return bytes(body)
 
 
-async def watch(request: Request, gone: threading.Event):
-    """Set `gone` when the client is."""
+async def watch(request: Request, disconnected: threading.Event):
+    """Set `disconnected` once the client has disconnected."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
-    gone.set()
+    disconnected.set()
 
 
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
-    """Answer a chat completion. Raises RequestError, in a stream only before its first word."""
+    """Answer a chat completion. Raises RequestError, when streaming only before the first piece."""
     try:
         async with asyncio.timeout(SECONDS_TO_SEND):
             body = await read_body(request, answerer.limits.max_bytes)
     except TimeoutError as error:
-        raise RequestError(f"the request took more than {SECONDS_TO_SEND} seconds to arrive", status=408) from error
-    chat = await asyncio.to_thread(parse, body)  # of many megabytes it takes seconds, and others wait
+        raise RequestError(f"the request did not arrive within {SECONDS_TO_SEND} seconds", status=408) from error
+    chat = await asyncio.to_thread(parse, body)  # many megabytes take seconds, and other requests wait
     answerer.check(chat)
     images = await load_images(chat, answerer.limits)
 
-    gone = threading.Event()
+    disconnected = threading.Event()
     tokenizer = answerer.processor.tokenizer
     streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = answerer.start(chat, images, streamer, gone)
-    watching = asyncio.create_task(watch(request, gone))
+    answer = answerer.start(chat, images, streamer, disconnected)
+    watching = asyncio.create_task(watch(request, disconnected))
     answer.add_done_callback(lambda _: watching.cancel())
 
     pieces = cut(streamer, chat.stop)
@@ -297,7 +297,7 @@ async def respond(request: Request, answerer: Answerer) -> JSONResponse | Stream
     if chat.stream:
         first = await anext(pieces, None)
         if first is None:
-            await answer  # an error is to be a response of its own
+            await answer  # raises before the response has begun
         return StreamingResponse(events(chat, head, first, pieces, answer), media_type="text/event-stream")
     text = "".join([piece async for piece in pieces])
     done = await answer
@@ -309,7 +309,7 @@ async def respond(request: Request, answerer: Answerer) -> JSONResponse | Stream
 
 
 async def events(chat: ChatRequest, head: dict, first: str | None, pieces, answer) -> AsyncIterator[str]:
-    """The answer as server-sent events."""
+    """Answer as server-sent events."""
 
     def event(fields: dict) -> str:
         return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', **fields})}\n\n"
@@ -331,12 +331,12 @@ async def events(chat: ChatRequest, head: dict, first: str | None, pieces, answe
     yield "data: [DONE]\n\n"
 
 
-def refuse(request: Request, error: Exception) -> JSONResponse:
-    """Any error in OpenAI's form; of those that nobody foresaw no more than that there was one."""
+def error_response(request: Request, error: Exception) -> JSONResponse:
+    """Error in OpenAI's format; unexpected errors reveal no details."""
     if isinstance(error, HTTPException):
         error = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
     elif isinstance(error, ClientDisconnect):
-        error = RequestError("the client is gone", status=499)
+        error = RequestError("client disconnected", status=499)
     elif not isinstance(error, RequestError):
         error = INTERNAL
     headers = {"Retry-After": "1"} if error.status == 503 else None
@@ -344,10 +344,10 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcessor, limits: Limits) -> FastAPI:
-    """The server as an ASGI application; arguments as in `Answerer`."""
+    """Server as an ASGI application; arguments as in `Answerer`."""
     answerer, started = Answerer(model, processor, limits), int(time.time())
     handled = (RequestError, HTTPException, ClientDisconnect, Exception)
-    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(handled, refuse))
+    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(handled, error_response))
 
     @app.get("/health")
     async def health():
@@ -366,11 +366,9 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
 
 
 def main():
-    try:
+    with errors_in_one_line():
         run = parse_arguments(ServeArguments, __doc__)
         app = make_app(*load(run.model, run.device), run)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
     uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
 

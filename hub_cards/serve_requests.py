@@ -1,40 +1,40 @@
-"""What a chat-completion request may say: its fields, its limits, and how it is refused."""
+"""Chat-completion requests: fields, limits and error responses."""
 
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, create_model, model_validator
+
+from modeling_qgsa.configuration_qgsa import Budget
 
 
-# What clients send of OpenAI's other fields although it asks for nothing.
-WITHOUT_EFFECT = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0}
+# Defaults that clients send explicitly although they change nothing.
+DEFAULTS = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 @dataclass
 class Limits:
-    """What a request may cost. Raises ValueError for a number below its least, naming both."""
+    """Limits of a request. Raises ValueError, naming field and value, if a limit is too low."""
 
-    max_request_mb: float = field(
-        default=20, metadata={"help": "Most MB of a request's body, and of what its URLs are fetched from."}
-    )
-    max_images: int = field(default=8, metadata={"help": "Most images of a request."})
-    max_pixels: int = field(default=50_000_000, metadata={"help": "Most pixels of a request, of all its images."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of an answer, whether asked for or not."})
-    concurrency: int = field(default=1, metadata={"help": "Answers made at the same time."})
-    max_waiting: int = field(default=16, metadata={"help": "Most requests that wait; the next one gets a 503."})
+    max_request_mb: float = field(default=20, metadata={"help": "MB of the request body, and of all fetched images."})
+    max_images: int = field(default=8, metadata={"help": "Images per request."})
+    max_pixels: int = field(default=50_000_000, metadata={"help": "Pixels per request, over all images."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens per answer; also the default."})
+    concurrency: int = field(default=1, metadata={"help": "Answers generated at the same time."})
+    max_waiting: int = field(default=16, metadata={"help": "Waiting requests; the next one gets a 503."})
     allow_urls: bool = field(
-        default=False, metadata={"help": "Fetch images from http(s) URLs, at public addresses only."}
+        default=False, metadata={"help": "Fetch images from http(s) URLs (public addresses only)."}
     )
 
     def __post_init__(self):
-        least = {"max_pixels": 1, "max_new_tokens": 1, "concurrency": 1, "max_images": 0, "max_waiting": 0}
-        for name, number in least.items():
+        minimum = {"max_pixels": 1, "max_new_tokens": 1, "concurrency": 1, "max_images": 0, "max_waiting": 0}
+        for name, number in minimum.items():
             if getattr(self, name) < number:
-                raise ValueError(f"{name} is {getattr(self, name)}: it has to be at least {number}")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {number}")
         if not self.max_request_mb > 0:
-            raise ValueError(f"max_request_mb is {self.max_request_mb}: it has to be above 0")
+            raise ValueError(f"max_request_mb ({self.max_request_mb}) must be above 0")
 
     @property
     def max_bytes(self) -> int:
@@ -42,13 +42,13 @@ class Limits:
 
 
 class RequestError(Exception):
-    """A refusal that the client is told of, in OpenAI's form.
+    """An error reported to the client in OpenAI's format.
 
     Args:
-        message: what is wrong, with the numbers.
-        param: the field it is about, such as `messages.0.content`.
-        status: of the HTTP response.
-        code: OpenAI's name of the error, for programs.
+        message: the problem, with the values involved.
+        param: name of the invalid field, such as `messages.0.content`.
+        status: status of the HTTP response.
+        code: OpenAI's error code, for programs.
     """
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
@@ -56,17 +56,17 @@ class RequestError(Exception):
         self.message, self.param, self.status, self.code = message, param, status, code
 
 
-INTERNAL = RequestError("the server failed: its log says more", status=500)
+INTERNAL = RequestError("internal server error: see the server log", status=500)
 
 
 def error_body(error: RequestError) -> dict:
-    """An error as OpenAI writes it."""
+    """Response body of an error, in OpenAI's format."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 class Fields(BaseModel):
-    """Fields of their exact types, and no others; null is as good as absent."""
+    """Strictly typed fields, no others; null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ class Fields(BaseModel):
 
 class ImageURL(Fields):
     url: str
-    detail: Literal["auto"] = "auto"  # the budgets of `qgsa` say more
+    detail: Literal["auto"] = "auto"  # the budgets in `qgsa` are finer
 
 
 class Part(Fields):
@@ -90,14 +90,15 @@ class Part(Fields):
     def check_type(self):
         for name in ("text", "image_url"):
             if (getattr(self, name) is None) == (name == self.type):
-                raise ValueError(f"type is {self.type!r}, {name} is {'missing' if name == self.type else 'there'}")
+                rule = "is required" if name == self.type else "is not allowed"
+                raise ValueError(f"{name} {rule} in a part of type {self.type!r}")
         return self
 
 
 class Message(Fields):
     role: Literal["system", "user", "assistant"]
     content: Annotated[list[Part], FailFast()] = Field(min_length=1, max_length=100)
-    name: str | None = None  # without effect: the template has no names
+    name: str | None = None  # ignored: the template has no names
 
     @model_validator(mode="before")
     @classmethod
@@ -109,18 +110,16 @@ class Message(Fields):
     @model_validator(mode="after")
     def check_images(self):
         if self.role != "user" and any(part.image_url for part in self.content):
-            raise ValueError(f"images are for the user, not for the {self.role}")
+            raise ValueError(f"role ({self.role!r}) must be 'user' in a message with images")
         return self
 
 
-class QGSAOptions(Fields):
-    """Overrides of the model's budgets, as in `generate`; checked by the model."""
-
-    selection: str | None = None
-    min_visual_tokens: int | None = Field(None, le=10**6)
-    max_visual_tokens: int | None = Field(None, le=10**6)
-    min_tiles: int | None = Field(None, le=10**6)
-    max_tiles: int | None = Field(None, le=10**6)
+QGSAOptions = create_model(
+    "QGSAOptions",
+    __base__=Fields,
+    __doc__="Budget of one request, as the keyword arguments of `generate`; the model checks the values.",
+    **{name: (kind | None, None) for name, kind in get_type_hints(Budget).items()},
+)
 
 
 class StreamOptions(Fields):
@@ -130,8 +129,8 @@ class StreamOptions(Fields):
 class ChatRequest(Fields):
     """A request to `/v1/chat/completions`.
 
-    Without `temperature`, or below 0.01, each token is the most likely one, whatever `top_p`. The same `seed` samples
-    the same answer again.
+    Decoding is greedy without `temperature` or with a temperature below 0.01, whatever `top_p` says. The same `seed`
+    repeats a sampled answer.
     """
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=1000)
@@ -144,7 +143,7 @@ class ChatRequest(Fields):
     stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field([], max_length=4)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None  # without effect
+    user: str | None = None  # ignored
     qgsa: QGSAOptions = QGSAOptions()
 
     @model_validator(mode="before")
@@ -152,7 +151,7 @@ class ChatRequest(Fields):
     def simplify(cls, given):
         if not isinstance(given, dict):
             return given
-        given = {k: v for k, v in given.items() if k not in WITHOUT_EFFECT or v != WITHOUT_EFFECT[k]}
+        given = {k: v for k, v in given.items() if k not in DEFAULTS or v != DEFAULTS[k]}
         return {**given, "stop": [given["stop"]]} if isinstance(given.get("stop"), str) else given
 
     @property
@@ -161,14 +160,14 @@ class ChatRequest(Fields):
 
     @property
     def image_urls(self) -> Iterator[tuple[str, str]]:
-        """Where each image is, with the name of its field."""
+        """Field name and URL of each image."""
         for m, message in enumerate(self.messages):
             for p, part in enumerate(message.content):
                 if part.image_url is not None:
                     yield f"messages.{m}.content.{p}.image_url.url", part.image_url.url
 
     def turns(self) -> list[dict]:
-        """The messages as the chat template takes them; text that no image parts is one piece."""
+        """Messages in the form of the chat template, adjacent text parts joined."""
         turns = []
         for message in self.messages:
             parts = []
@@ -184,42 +183,44 @@ class ChatRequest(Fields):
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Read a request. Raises RequestError, naming the first field that is wrong."""
+    """Parse a request. Raises RequestError, naming the first invalid field."""
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
     where = ".".join(map(str, error["loc"]))[:200] or None
-    what = f"{where}: " if where else ""
+    prefix = f"{where}: " if where else ""
     if error["type"] == "extra_forbidden":
-        raise RequestError(f"{what}this server does not support it", where)
+        raise RequestError(f"{prefix}not supported by this server", where)
     given = error["input"]
     shown = f", not {reprlib.repr(given)}" if where and not isinstance(given, dict | list | BaseModel) else ""
-    raise RequestError(f"{what}{error['msg'].removeprefix('Value error, ')}{shown}", where)
+    raise RequestError(f"{prefix}{error['msg'].removeprefix('Value error, ')}{shown}", where)
 
 
 def check_limits(chat: ChatRequest, limits: Limits, markers: list[str], max_characters: int):
-    """Raise RequestError unless the request is within the limits and its text is text.
+    """Raise RequestError if the request exceeds a limit or its text contains special tokens.
 
     Args:
-        markers: strings that stand for special tokens, such as the placeholder of images: text that held them would
-            reach the model as something else.
-        max_characters: more cannot fit into the model's context.
+        markers: special tokens, such as the image placeholder, which the tokenizer would not read as text.
+        max_characters: upper bound of the characters that fit into the model's context.
     """
     for name in ("max_completion_tokens", "max_tokens"):
         asked = getattr(chat, name)
         if asked is not None and asked > limits.max_new_tokens:
-            raise RequestError(f"{name} is {asked}: this server makes at most {limits.max_new_tokens}", name)
+            raise RequestError(f"{name} ({asked}) must be at most {limits.max_new_tokens} on this server", name)
     if chat.seed is not None and chat.samples and limits.concurrency > 1:
-        raise RequestError(f"seed: this server makes {limits.concurrency} answers at once, only one repeats", "seed")
+        raise RequestError(
+            f"seed: sampled answers are repeatable only with a concurrency of 1, this server has {limits.concurrency}",
+            "seed",
+        )
     images = len(list(chat.image_urls))
     if images > limits.max_images:
-        raise RequestError(f"messages: {images} images, at most {limits.max_images} are allowed", "messages")
+        raise RequestError(f"messages: {images} images exceed the limit of {limits.max_images}", "messages")
 
     characters = sum(len(part.text or "") for message in chat.messages for part in message.content)
     if characters > max_characters:
         raise RequestError(
-            f"messages: {characters} characters, the model's context holds at most {max_characters}",
+            f"messages: {characters} characters exceed the {max_characters} that fit into the model's context",
             "messages",
             code="context_length_exceeded",
         )
@@ -227,4 +228,4 @@ def check_limits(chat: ChatRequest, limits: Limits, markers: list[str], max_char
         where = f"messages.{m}.content"
         for text in (part["text"] for part in turn["content"] if part["type"] == "text"):
             for marker in (marker for marker in markers if marker in text):
-                raise RequestError(f"{where}: the text holds {marker!r}, which is a special token", where)
+                raise RequestError(f"{where}: the text must not contain special tokens, remove {marker!r}", where)

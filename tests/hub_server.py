@@ -1,4 +1,4 @@
-"""A Hub on loopback: as much of its upload API as publishing a model takes, kept in memory."""
+"""A local Hub server in memory, with the part of the upload API that publishing a model needs."""
 
 import base64
 import json
@@ -8,10 +8,10 @@ from threading import Thread
 
 
 class Hub:
-    """Repositories in memory, behind HTTP. Use as a context manager.
+    """Repositories in memory, served over HTTP. Use as a context manager.
 
     Args:
-        failures: paths (regular expressions) and how often a request for one fails with status 503 before it works.
+        failures: regular expressions of paths, and how often a request to each fails with status 503 before it works.
     """
 
     def __init__(self, failures: dict[str, int] | None = None):

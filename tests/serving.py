@@ -1,4 +1,4 @@
-"""An app served on loopback, for tests that ask it over HTTP."""
+"""Serving an app on loopback, for tests over HTTP."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ import uvicorn
 
 @contextmanager
 def serving(app):
-    """Serve an app at a free port; gives its URL."""
+    """Serve an app on a free port; yields its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

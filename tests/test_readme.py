@@ -1,9 +1,10 @@
-"""The tables are those of the committed results, what is named is there, and every snippet runs."""
+"""The pages: tables match the committed results, named files exist, snippets run and commands parse."""
 
 import json
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import export
@@ -15,7 +16,7 @@ from transformers import HfArgumentParser
 
 from training.benchmark import BenchmarkArguments
 from training.costs.flops import paper_table
-from training.costs.speed_report import format_headline, format_speed
+from training.costs.speed_report import format_speed
 from training.evaluation.report import format_families, format_table
 from training.learning.trainer import QGSATrainingArguments
 from training.run_qgsa import RunArguments, read_preset
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 RESULTS = ROOT / "hub_cards" / "results"
+FIRST_SYSTEMS = ("dense", "dense-global-only", "qgsa", "qgsa-blocks")
 
 
 def adaptive_tables(rows):
@@ -63,17 +65,57 @@ def test_the_results_page_holds_the_tables_of_the_results(name):
         assert table in page
 
 
-def test_the_readme_holds_the_headline_and_the_demo_in_a_sentence():
-    rows = {name: json.loads((RESULTS / f"{name}.json").read_text())["rows"] for name in TABLES}
-    readme = (ROOT / "README.md").read_text()
-    assert format_headline(rows["speed_256m_cpu"], rows["pareto_cards"], 2048) in readme
-    by_name = {row["system"]: row for row in rows["cards"]}
-    qgsa, delta = by_name["qgsa"], {name: f"{row['delta_vs_dense_pp']:.1f}" for name, row in by_name.items()}
-    low, high = qgsa["delta_ci95"]
-    told, random = " ".join(readme.split()), delta["random"].removeprefix("-")
-    assert f"{delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] to dense at {qgsa['visual_tokens_mean']:.1f} of 272" in told
-    assert f"{qgsa['tiles_mean']:.2f} of 16 tiles, where random tokens at that budget lose {random} pp" in told
-    assert f"a grey image {delta['blank-image'][1:]} " in told
+def read_rows(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def format_first_table(speed: list[dict], cards: list[dict], edge: int) -> str:
+    """Four systems as a Markdown table: seconds, speedup, memory and accuracy relative to dense."""
+    lines = [
+        "| system | seconds per question | times faster | memory, GB (weights included) "
+        "| accuracy on cards, Δ pp [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    accuracy = {row["system"]: row for row in cards}
+    for row in speed:
+        if row["longest_edge"] == edge and row["system"] in FIRST_SYSTEMS:
+            delta = accuracy[row["system"]]
+            lines.append(
+                f"| {row['system']} | {row['seconds_median']:.1f} | {row['speedup_vs_dense']:.1f} "
+                f"| {(row['memory_bytes'] + row['weight_bytes']) / 1e9:.2f} "
+                "| {:+.1f} [{:+.1f}, {:+.1f}] |".format(delta["delta_vs_dense_pp"], *delta["delta_ci95"])
+            )
+    return "\n".join(lines)
+
+
+def test_the_readme_holds_the_first_table_and_its_reservations():
+    speed = read_rows("speed_256m_cpu")
+    readme = README.read_text()
+    words = " ".join(readme.split())
+    table = format_first_table(speed, read_rows("pareto_cards"), 2048)
+    assert table in readme and len(table.splitlines()) == 2 + len(FIRST_SYSTEMS)
+    seconds = {row["system"]: row["seconds_median"] for row in speed if row["longest_edge"] == 2048}
+    fast = seconds.get("dense-fast") or seconds["dense-tuned"]
+    assert f"stock SmolVLM takes {fast:.1f} s, and `qgsa` and `qgsa-blocks` are" in words
+    assert f"are {fast / seconds['qgsa']:.1f} and {fast / seconds['qgsa-blocks']:.1f} times faster" in words
+    for reservation in (
+        "two CPU cores",
+        "random weights",
+        "Not measured on a GPU",
+        "accuracy on the published checkpoints has not been measured",
+    ):
+        assert reservation in words
+
+
+def test_the_readme_holds_the_controls_of_the_demo():
+    rows = {row["system"]: row for row in read_rows("cards")}
+    delta = {name: f"{row['delta_vs_dense_pp']:.1f}" for name, row in rows.items()}
+    qgsa, (low, high) = rows["qgsa"], rows["qgsa"]["delta_ci95"]
+    words = " ".join(README.read_text().split())
+    tokens, tiles = f"{qgsa['visual_tokens_mean']:.1f} of 272 visual tokens", f"{qgsa['tiles_mean']:.2f} of 16 tiles"
+    assert f"at {delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] with {tokens} and {tiles}" in words
+    controls = f"random tokens at the same budget lose {delta['random'][1:]} pp"
+    assert f"{controls}, a grey image loses {delta['blank-image'][1:]} pp" in words
 
 
 def test_the_results_page_holds_the_flops_of_the_formula():
@@ -91,7 +133,9 @@ def test_all_results_are_told():
     assert {path.stem for path in RESULTS.glob("*.json")} == set(TABLES) | {"flops"}
 
 
-@pytest.mark.parametrize("page", [README, RESULTS / "README.md", ROOT / "hub_cards" / "space" / "README.md"])
+@pytest.mark.parametrize(
+    "page", [README, RESULTS / "README.md", ROOT / "hub_cards" / "space" / "README.md", ROOT / "CONTRIBUTING.md"]
+)
 def test_pages_name_only_files_that_exist(page):
     text = page.read_text()
     linked = [name.split("#")[0] for name in re.findall(r"\]\(([^):]+)\)", text)]
@@ -105,35 +149,37 @@ def test_pages_name_only_files_that_exist(page):
 
 
 def snippets(text: str, language: str) -> list[str]:
-    """The code blocks of a page in one language; shell has none."""
+    """Code blocks of a page in one language; shell blocks have none."""
     return [code for named, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if named == language]
 
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
-    """One after the other in one session; the dense checkpoint is the tiny one, which needs no network."""
+    """All snippets in one session; the tiny dense checkpoint replaces the published one, which needs a network."""
     export.export(export.ExportArguments(str(ROOT / "hub_cards" / "tiny-qgsa"), str(tmp_path / "qgsa")))
     scope = {}
     code = snippets(README.read_text(), "python")
-    assert len(code) == 4
+    assert len(code) == 5
     with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
         run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert len(printed) == 2 and "'visual_tokens_dense': [272]" in printed[1]
+    assert [line.split()[0] for line in printed] == ["moon", "moon"] and "'visual_tokens_dense': [272]" in printed[1]
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()
 
 
 def run_snippets(code, scope, tmp_path):
     for snippet in code:
+        snippet = snippet.replace('"qgsa-smolvlm/', f'"{ROOT}/')
         snippet = snippet.replace("outputs/hub/qgsa-smolvlm-tiny", str(tmp_path / "qgsa"))
         snippet = snippet.replace("HuggingFaceTB/SmolVLM-256M-Instruct", str(ROOT / "hub_cards" / "tiny-dense"))
         if "labels" in snippet:
             inputs = scope["processor"](text=scope["prompt"], images=[scope["image"]], return_tensors="pt")
             labels = inputs["input_ids"].clone()
-            labels[:, :-2] = -100  # the answer is what comes last
+            labels[:, :-2] = -100  # the last two tokens play the answer
             scope |= {"inputs": inputs, "labels": labels}
         exec(snippet, scope)
 
 
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
 PARSERS = {
     "hub_cards/export.py": export.ExportArguments,
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
@@ -143,8 +189,8 @@ PARSERS = {
 
 
 @pytest.mark.parametrize("page", [README, RESULTS / "README.md"])
-def test_the_commands_are_understood(page):
-    """Every line of shell: the target or script is there, and takes these arguments."""
+def test_the_commands_parse(page):
+    """Every shell command: its target or script exists and accepts these arguments."""
     text = page.read_text()
     blocks = snippets(text, "") + re.findall(r"`(python [^`]+\.py[^`]*)`", text)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -162,5 +208,10 @@ def test_the_commands_are_understood(page):
             HfArgumentParser(PARSERS[arguments[0]]).parse_args_into_dataclasses(arguments[1:])
         elif program == "python" and arguments[0] != "-m":
             assert (ROOT / arguments[0]).exists(), line
+        elif program in ("git", "pip"):
+            assert [program, *arguments] in (
+                ["git", "clone", URLS["Repository"]],
+                ["pip", "install", "./qgsa-smolvlm"],
+            )
         else:
             assert [program, *arguments][:3] == ["python", "-m", "lmms_eval"] or program in ("hf", "lm_eval"), line

@@ -1,15 +1,16 @@
-"""The Space of QGSA-SmolVLM: two questions about one image, and what was kept of it for each.
+"""The Space of QGSA-SmolVLM: two questions about one image, and the parts kept for each.
 
     python hub_cards/space/app.py                          # the tiny checkpoint of the repository
     python hub_cards/space/app.py --model FOLDER_OR_HUB_ID
 
-A Space starts `python app.py`, with the model named in its variable QGSA_MODEL. The page is served on 127.0.0.1:7860,
-or where Gradio's GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say.
+A Space runs `python app.py` and takes the model from its variable QGSA_MODEL. The page is served on 127.0.0.1:7860, or
+on Gradio's GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
 """
 
 import argparse
 import html
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,40 +26,40 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "tiny-qgsa"
 MAX_NEW_TOKENS = 32
-MEASURED_SECONDS = 0.5  # a single answer of a tiny model says little about its time
-LONG_SIDE = 640  # px of a picture, whatever the image has
-SHORT_SIDE = 64  # px at least: the cells of long and narrow images have to be told apart
+MEASURED_SECONDS = 0.5  # a single answer of a tiny model is too short to time
+LONG_SIDE = 640  # px of a picture, whatever the size of the image
+SHORT_SIDE = 64  # px at least, to keep the cells of long, narrow images apart
 THEME = gr.themes.Default(spacing_size="sm", font=["system-ui", "sans-serif"], font_mono=["monospace"])
 CSS = """
-.picture img { padding-top: 2.2rem }  /* below the label and the buttons, which else cover a tile */
+.picture img { padding-top: 2.2rem }  /* keeps label and buttons off the tiles */
 .numbers table { width: 100%; margin: 0; font-size: 0.85rem; white-space: nowrap }
 .numbers :is(th, td) { border: 1px solid var(--border-color-primary) !important; padding: 0.3rem 0.6rem !important }
 """
 
-EXAMPLES = [  # images of the test split of cards; README.md says how they were made
+EXAMPLES = [  # from the test split of cards; see README.md
     ["cards_18.png", "what shape is on the red card?", "what shape is on the purple card?"],
     ["cards_0.png", "which colour is the card with the circle?", "how many cards are there?"],
 ]
 INTRO = """
-# Two questions, one image: what was kept for each
+# One image, two questions, two selections
 
-The model glances at a thumbnail, the **global view**. The question then decides which **tiles** are encoded (blue) and
-which **visual tokens** are kept (orange; those of the global view apart). **Dense** encodes and keeps all, as stock
-SmolVLM does. What was kept for a question does not say why the answer was given.
+The model first glances at a thumbnail, the **global view**. The question then decides which **tiles** are encoded
+(blue) and which **visual tokens** are kept (orange; the global view is shown separately). **Dense** encodes and keeps
+everything, like stock SmolVLM. The selection does not explain the answer.
 """
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question answered twice, and what was kept for it. All pairs are of QGSA and of dense.
+    """Both answers to a question, and the selection. Pairs are (QGSA, dense).
 
     Args:
         texts: the answers.
-        tokens: visual tokens kept, k and N.
-        tiles: high-resolution tiles encoded, m and all; the global view is not counted.
-        milliseconds: from image and question to the answer, as medians of the answers that fit into half a second.
-        tiles_picture: the image, in colour where tokens of tiles were kept; encoded tiles are outlined in blue.
-        global_picture: the global view as coarse as the model sees it, in colour where its tokens were kept.
+        tokens: number of visual tokens kept.
+        tiles: number of high-resolution tiles encoded, without the global view.
+        milliseconds: time from image and question to the answer, the median of the answers within half a second.
+        tiles_picture: the image, in colour where tokens of tiles are kept; encoded tiles are outlined in blue.
+        global_picture: the global view at the model's resolution, in colour where its tokens are kept.
     """
 
     texts: tuple[str, str]
@@ -70,19 +71,18 @@ class Answer:
 
 
 def load(name: str):
-    """Load `(model, processor)` from a Hub id or a folder, onto the GPU if there is one."""
-    # What was exported or published carries its code. The checkpoints of the repository do not: their code is the
-    # package beside them, which the Auto classes know once it is imported.
+    """Load `(model, processor)` from a Hub id or folder, on the GPU if there is one."""
+    # Exported checkpoints carry their code; those of the repository need the package, which registers its classes.
     if Path(name).is_dir() and not Path(name, "modeling_qgsa.py").exists():
         import modeling_qgsa  # noqa: F401
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True).eval()
-    # Pixels of the PIL backend are those of lazy tiles, so that QGSA and dense see the same.
+    # The PIL backend gives the pixels of lazy tiles, so that QGSA and dense see the same image.
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, backend="pil")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def generate(model, processor, image, question: str, lazy_tiles: bool, **options):
-    """Answer greedily. Returns the text, the output of `model.generate`, and the milliseconds it all took."""
+    """Answer greedily. Returns the text, the output of `model.generate` and the time in milliseconds."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     start = time.perf_counter()
@@ -95,17 +95,17 @@ def generate(model, processor, image, question: str, lazy_tiles: bool, **options
 
 
 def draw(processor, image: Image.Image, selection) -> tuple[Image.Image, Image.Image]:
-    """Draw what was kept of the tiles, and apart from it what was kept of the global view."""
+    """Draw the kept parts of the tiles and, separately, of the global view."""
     per_tile, side = processor.image_seq_len, processor.image_processor.max_image_size["longest_edge"]
     large = image.resize([max(SHORT_SIDE, round(edge * LONG_SIDE / max(image.size))) for edge in image.size])
     coarse = image.resize((side, side)).resize(large.size)
-    of_tiles, of_global_view = selection.kept_tokens.clone(), selection.kept_tokens[:, -per_tile:]  # it is the last
-    of_tiles[:, -per_tile:] = False
-    tiles = replace(selection, kept_tokens=of_tiles)
-    # The global view on its own is what an image of a single tile is: a grid of 0 x 0.
+    tile_tokens, global_tokens = selection.kept_tokens.clone(), selection.kept_tokens[:, -per_tile:]  # the last
+    tile_tokens[:, -per_tile:] = False
+    tiles = replace(selection, kept_tokens=tile_tokens)
+    # The global view alone has the layout of a single-tile image: a grid of 0 x 0.
     global_view = replace(
         selection,
-        kept_tokens=of_global_view,
+        kept_tokens=global_tokens,
         kept_tiles=selection.kept_tiles[:, -1:],
         grids=torch.zeros_like(selection.grids),
     )
@@ -116,22 +116,23 @@ def ask(model, processor, image: Image.Image | None, question: str, max_tiles: i
     """Answer a question with QGSA and with dense.
 
     Args:
-        model, processor: as [`load`] returns them.
-        image: PIL, of any mode.
-        max_tiles, max_visual_tokens: the budget, at most so many high-resolution tiles and visual tokens. The question
-            decides how much of it is used.
+        model, processor: as returned by [`load`].
+        image: PIL image of any mode.
+        max_tiles, max_visual_tokens: maximum number of high-resolution tiles and of visual tokens; the question
+            decides how much of this budget is used.
 
-    Raises ValueError without an image or a question, for an image that cannot be cut into tiles, and for a budget
-    below the minimum of the configuration.
+    Raises ValueError if image or question is missing, if the image cannot be cut into tiles, or if the budget is below
+    the configured minimum.
     """
     if image is None:
-        raise ValueError("there is no image: upload one or pick an example")
+        raise ValueError("image is missing: upload one or pick an example")
     if not question.strip():
-        raise ValueError("there is no question: it is the question that selects")
+        raise ValueError("question is missing: the selection depends on it")
     budget = {"max_tiles": int(max_tiles), "max_visual_tokens": int(max_visual_tokens)}
     answer = partial(generate, model, processor, image, question)
     start, times = time.perf_counter(), []
-    while not times or time.perf_counter() - start < MEASURED_SECONDS:  # in turn, so that both meet the same load
+    while not times or time.perf_counter() - start < MEASURED_SECONDS:
+        # Alternating, so that both run under the same load.
         text, output, milliseconds = answer(lazy_tiles=True, **budget)
         dense_text, _, dense_milliseconds = answer(lazy_tiles=False, selection="dense")
         times.append((milliseconds, dense_milliseconds))
@@ -146,7 +147,7 @@ def ask(model, processor, image: Image.Image | None, question: str, max_tiles: i
 
 
 def format_numbers(answer: Answer) -> str:
-    """What both answers took, as a Markdown table."""
+    """Cost of both answers as a Markdown table."""
     (k, n), (m, tiles), (qgsa, dense) = answer.tokens, answer.tiles, answer.milliseconds
     return f"""
 | | QGSA | dense |
@@ -158,19 +159,19 @@ def format_numbers(answer: Answer) -> str:
 
 
 def build(model, processor) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
 
     def show(image, question, max_tiles, max_visual_tokens):
         try:
             answer = ask(model, processor, image, question, max_tiles, max_visual_tokens)
         except ValueError as error:
-            message = html.escape(str(error))  # it may name tokens such as <image>
+            message = html.escape(str(error))  # may contain tokens such as <image>
             raise gr.Error(message, print_exception=False) from error
         return *answer.texts, answer.tiles_picture, answer.global_picture, format_numbers(answer)
 
     config, image_processor = model.config, processor.image_processor
-    most_tiles = (image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"]) ** 2
-    most_tokens = (most_tiles + 1) * processor.image_seq_len  # one more for the global view
+    all_tiles = (image_processor.size["longest_edge"] // image_processor.max_image_size["longest_edge"]) ** 2
+    all_tokens = (all_tiles + 1) * processor.image_seq_len  # plus the global view
     examples = [[str(HERE / "examples" / name), *asked] for name, *asked in EXAMPLES]
     questions = [gr.Textbox(examples[0][number], label=f"Question {number}", render=False) for number in (1, 2)]
     with gr.Blocks(title="QGSA-SmolVLM", analytics_enabled=False) as page:
@@ -182,10 +183,10 @@ def build(model, processor) -> gr.Blocks:
             with gr.Column(scale=5):
                 gr.Examples(examples, [image, *questions], label="Examples: an image and two questions")
             with gr.Column(scale=4):
-                low, high, value = config.min_tiles, most_tiles, config.max_tiles
-                max_tiles = gr.Slider(low, high, value, step=1, label="Tiles encoded, at most")
-                low, high, value = config.min_visual_tokens, most_tokens, config.max_visual_tokens
-                max_tokens = gr.Slider(low, high, value, step=1, label="Visual tokens kept, at most")
+                low, high, value = config.min_tiles, all_tiles, config.max_tiles
+                max_tiles = gr.Slider(low, high, value, step=1, label="Maximum tiles encoded")
+                low, high, value = config.min_visual_tokens, all_tokens, config.max_visual_tokens
+                max_tokens = gr.Slider(low, high, value, step=1, label="Maximum visual tokens kept")
                 button = gr.Button("Ask both questions", variant="primary")
         with gr.Row():
             for number, question in enumerate(questions, 1):
@@ -194,33 +195,38 @@ def build(model, processor) -> gr.Blocks:
                     outputs = build_results(number)
                 events = [button.click, question.submit, max_tiles.release, max_tokens.release]
                 inputs = [image, question, max_tiles, max_tokens]
-                # One question at a time: their times would mingle.
+                # One question at a time, so that the times are comparable.
                 gr.on(events, show, inputs, outputs, concurrency_id="model", show_progress_on=outputs[:1])
     return page.queue(default_concurrency_limit=1)
 
 
 def build_results(number: int) -> list:
-    """The outputs of one question, in the order of what `show` returns."""
+    """Output components of one question, in the order that `show` returns."""
     with gr.Row():
         text = gr.Textbox(label="Answer", elem_id=f"answer-{number}")
-        dense_text = gr.Textbox(label="Answer of dense", elem_id=f"dense-answer-{number}")
+        dense_text = gr.Textbox(label="Dense answer", elem_id=f"dense-answer-{number}")
     with gr.Row(equal_height=False):
         picture = {"format": "png", "elem_classes": "picture", "buttons": ["download", "fullscreen"]}
         with gr.Column(scale=3):
             tiles = gr.Image(label="Kept for this question", elem_id=f"tiles-{number}", height=390, **picture)
         with gr.Column(scale=2, min_width=200):
-            glance = gr.Image(label="Of the global view", elem_id=f"global-view-{number}", height=240, **picture)
+            glance = gr.Image(label="Kept in the global view", elem_id=f"global-view-{number}", height=240, **picture)
             numbers = gr.Markdown(elem_id=f"numbers-{number}", elem_classes="numbers")
     return [text, dense_text, tiles, glance, numbers]
 
 
 def main():
     """Load the model and serve the page."""
-    parser = argparse.ArgumentParser(description="Two questions about one image, and what was kept of it for each.")
+    parser = argparse.ArgumentParser(description="Two questions about one image, and the parts kept for each.")
     default = os.environ.get("QGSA_MODEL") or (str(TINY) if TINY.is_dir() else None)
-    parser.add_argument("--model", default=default, required=not default, help="Hub id or folder, else QGSA_MODEL's")
-    model, processor = load(parser.parse_args().model)
-    # The first answer of a process is slower than all others, and would be held against QGSA.
+    parser.add_argument(
+        "--model", default=default, required=not default, help="Hub id or folder; QGSA_MODEL by default"
+    )
+    try:
+        model, processor = load(parser.parse_args().model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    # The first answer of a process is slower than all others and would count against QGSA.
     budget = model.config.max_tiles, model.config.max_visual_tokens
     ask(model, processor, Image.new("RGB", (64, 64)), "what is this?", *budget)
     build(model, processor).launch(theme=THEME, css=CSS, show_error=True)

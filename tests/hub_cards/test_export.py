@@ -1,4 +1,4 @@
-"""Exported folders are complete, load without this project, and are made whole or not at all."""
+"""Exported folders are complete, load without this project, and appear whole or not at all."""
 
 import json
 import re
@@ -32,12 +32,12 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     results = ROOT / "hub_cards" / "results" / "cards.json"
     for name, options in {
-        "qgsa": ["--base_model", TINY, "--results", results, "--repo_id", "org/qgsa-tiny"],
-        "idefics3": ["--base_model", TINY, "--format", "idefics3"],
-        "smolvlm": ["--base_model", TINY, "--format", "smolvlm"],
-        "fresh": ["--base_model", DENSE],
+        "qgsa": ["--model", TINY, "--results", results, "--repo_id", "org/qgsa-tiny"],
+        "idefics3": ["--model", TINY, "--format", "idefics3"],
+        "smolvlm": ["--model", TINY, "--format", "smolvlm"],
+        "fresh": ["--model", DENSE],
     }.items():
-        export.export(arguments(*options, "--output", folder / name))
+        export.export(arguments(*options, "--output_dir", folder / name))
     return folder
 
 
@@ -54,7 +54,7 @@ def question(make_image):
     return processor(text=prompt, images=[make_image(3)], return_tensors="pt")
 
 
-def test_the_folder_holds_all_that_the_hub_needs(folders):
+def test_the_folder_is_complete(folders):
     names = {path.name for path in (folders / "qgsa").iterdir()}
     code = {path.name for path in (ROOT / "modeling_qgsa").glob("*_qgsa.py")}
     wanted = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "results.json"}
@@ -64,7 +64,7 @@ def test_the_folder_holds_all_that_the_hub_needs(folders):
 
 
 @pytest.mark.parametrize("name", ["qgsa", "idefics3", "smolvlm"])
-def test_tokenizer_and_preprocessor_are_copied_as_they_are(name, folders):
+def test_tokenizer_and_preprocessor_are_copied_verbatim(name, folders):
     for file in TOKENIZER:
         assert (folders / name / file).read_bytes() == (TINY / file).read_bytes()
 
@@ -76,7 +76,7 @@ def test_generation_stops_at_the_end_of_an_utterance(name, folders, tiny):
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
-def test_the_way_back_has_the_logits_of_dense(name, folders, tiny, question):
+def test_plain_exports_have_the_logits_of_dense(name, folders, tiny, question):
     model = AutoModelForImageTextToText.from_pretrained(folders / name).eval()
     processor = AutoProcessor.from_pretrained(folders / name)
     assert model.config.model_type == name and type(processor) is Idefics3Processor
@@ -86,14 +86,14 @@ def test_the_way_back_has_the_logits_of_dense(name, folders, tiny, question):
         assert torch.equal(model(**stock).logits, tiny(**question, selection="dense").logits)
 
 
-def test_other_readers_find_the_rotary_base_and_what_the_text_model_is(folders):
+def test_legacy_config_fields_are_written(folders):
     for name in ("qgsa", "idefics3"):
         text = json.loads((folders / name / "config.json").read_text())["text_config"]
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] and text["rope_scaling"] is None
         assert text["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_dense_checkpoint_gets_a_fresh_selector_and_a_card_that_says_so(folders):
+def test_a_dense_checkpoint_gets_an_untrained_selector_and_a_card_that_says_so(folders):
     card = (folders / "fresh" / "README.md").read_text()
     assert "selector is untrained" in card and "model-index" not in card
     config = json.loads((folders / "fresh" / "config.json").read_text())
@@ -107,38 +107,47 @@ def test_the_card_of_an_export_names_its_repository(folders):
 
 
 def test_a_trained_checkpoint_without_results_says_that_nothing_was_measured(tmp_path):
-    export.export(arguments("--base_model", TINY, "--output", tmp_path / "bare"))
+    export.export(arguments("--model", TINY, "--output_dir", tmp_path / "bare"))
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "untrained" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
 
 
-def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
+def test_a_folder_with_files_is_left_untouched(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds 1 files"):
-        export.export(arguments("--base_model", TINY, "--output", tmp_path))
+    with pytest.raises(ValueError, match="must be empty or not exist"):
+        export.export(arguments("--model", TINY, "--output_dir", tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--base_model", "no/such/folder"], "no/such/folder"),
-        (["--base_model", TINY, "--format", "gguf"], "format is 'gguf'"),
-        (["--base_model", TINY, "--files", ROOT / "hub_cards" / "results"], "no tokenizer_config.json"),
-        (["--base_model", TINY, "--results", "no.json"], "no.json"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", TINY, "--format", "gguf"], r"format \('gguf'\)"),
+        (["--model", TINY, "--processor", ROOT / "hub_cards" / "results"], "no tokenizer_config.json"),
+        (["--model", TINY, "--results", "no.json"], "no.json"),
     ],
 )
-def test_what_fails_leaves_no_folder(options, complaint, tmp_path):
+def test_a_failed_export_leaves_no_folder(options, complaint, tmp_path):
     with pytest.raises((OSError, ValueError), match=complaint):
-        export.export(arguments(*options, "--output", tmp_path / "out"))
+        export.export(arguments(*options, "--output_dir", tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_script_says_in_a_line_what_is_wrong(tmp_path):
-    command = [sys.executable, ROOT / "hub_cards" / "export.py", "--base_model", TINY, "--output", tmp_path / "out"]
+def test_the_script_reports_errors_in_one_line(tmp_path):
+    command = [sys.executable, ROOT / "hub_cards" / "export.py", "--model", TINY, "--output_dir", tmp_path / "out"]
     done = subprocess.run([*map(str, command), "--format", "gguf"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: format is 'gguf': choose from qgsa, idefics3, smolvlm" in done.stderr
+    assert "error: format ('gguf') must be one of qgsa, idefics3, smolvlm" in done.stderr
+
+
+def test_former_option_names_still_work_with_a_warning(tmp_path):
+    command = [sys.executable, ROOT / "hub_cards" / "export.py", "--base_model", TINY, "--output", tmp_path / "out"]
+    command += ["--files", ROOT / "hub_cards" / "results"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1 and "no tokenizer_config.json" in done.stderr and "Traceback" not in done.stderr
+    for former, present in export.RENAMED.items():
+        assert f"{former} is now called {present}" in done.stderr
 
 
 @pytest.mark.parametrize("size", ["256m", "500m"])
@@ -148,7 +157,7 @@ def test_published_architectures_are_exported(size, tmp_path):
     if not base.exists():
         pytest.skip(f"no {base.name}: its files are not part of the repository")
     output = tmp_path / f"qgsa-smolvlm-{size}"
-    export.export(arguments("--base_model", base, "--random_weights", "--output", output))
+    export.export(arguments("--model", base, "--random_weights", "--output_dir", output))
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 49279
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
         assert (output / name).read_bytes() == (base / name).read_bytes()

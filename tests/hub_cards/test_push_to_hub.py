@@ -1,4 +1,4 @@
-"""Publishing, through the real huggingface_hub client, to a Hub on loopback."""
+"""Publishing through the real huggingface_hub client to a local Hub server."""
 
 import json
 import os
@@ -16,7 +16,7 @@ REPO = "org/qgsa-smolvlm-tiny"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with all that a checkpoint has, its weights few."""
+    """A complete exported folder with very small weights."""
     folder = tmp_path / "exported"
     folder.mkdir()
     config = {"model_type": "qgsa_smolvlm", "auto_map": {"AutoConfig": "configuration_qgsa.QGSAConfig"}}
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def push(hub, folder, *options):
-    """Run the script as a user does; its status and what it printed."""
+    """Run the script as a user would. Returns its exit status and its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {
         "HF_ENDPOINT": hub.url,
@@ -44,12 +44,12 @@ def push(hub, folder, *options):
         "HF_HOME": str(folder.parent / "home"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, ROOT / "hub_cards" / "push_to_hub.py", "--folder", folder, "--repo_id", REPO, *options]
+    command = [sys.executable, ROOT / "hub_cards" / "push_to_hub.py", "--model", folder, "--repo_id", REPO, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_everything_arrives_the_card_last(folder):
+def test_all_files_are_uploaded_the_card_last(folder):
     with Hub() as hub:
         status, said = push(hub, folder, "--tag", "v0.1.0")
     assert status == 0, said
@@ -60,7 +60,7 @@ def test_everything_arrives_the_card_last(folder):
     assert hub.tags[REPO] == {"v0.1.0": f"{2:040d}"}
 
 
-def test_pushing_again_replaces_what_was_there(folder):
+def test_pushing_again_replaces_earlier_files(folder):
     with Hub() as hub:
         assert push(hub, folder)[0] == 0
         left = {"pytorch_model.bin": b"", "model-00001-of-00002.safetensors": b"", "old_qgsa.py": b"", "notes.md": b""}
@@ -72,17 +72,17 @@ def test_pushing_again_replaces_what_was_there(folder):
     assert set(left) & set(hub.repos[REPO]) == {"notes.md"} and "model.safetensors" in hub.repos[REPO]
 
 
-def test_a_tag_that_is_there_stays_where_it_is(folder):
+def test_an_existing_tag_is_not_moved(folder):
     with Hub() as hub:
         assert push(hub, folder, "--tag", "v1")[0] == 0
         commits = len(hub.commits)
         status, said = push(hub, folder, "--tag", "v1")
-        assert status == 1 and "tag v1 is there already" in said and len(hub.commits) == commits
+        assert status == 1 and "tag (v1) already exists" in said and len(hub.commits) == commits
 
 
-def test_without_a_network_it_is_tried_again_and_said_in_a_line(folder):
+def test_network_errors_are_retried_and_end_in_one_line(folder):
     with Hub() as hub:
-        pass  # gone: nobody listens there any more
+        pass  # stopped: nothing listens on that port any more
     status, said = push(hub, folder, "--attempts", "2")
     assert status == 1 and "attempt 1 of 2 failed" in said and "Traceback" not in said
     assert said.strip().splitlines()[-1].startswith("error: ")
@@ -96,7 +96,7 @@ def test_a_dry_run_writes_nothing(folder):
 
 
 @pytest.mark.parametrize("options", [[], ["--dry_run"]])
-def test_a_model_of_another_type_is_left_alone(options, folder):
+def test_a_model_of_another_type_is_not_overwritten(options, folder):
     with Hub() as hub:
         hub.repos[REPO] = {"config.json": b'{"model_type": "llama"}'}
         status, said = push(hub, folder, *options)
@@ -107,14 +107,14 @@ def test_a_model_of_another_type_is_left_alone(options, folder):
             assert json.loads(hub.repos[REPO]["config.json"])["model_type"] == "qgsa_smolvlm"
 
 
-def test_a_repository_without_a_config_is_filled(folder):
+def test_a_repository_without_a_config_is_accepted(folder):
     with Hub() as hub:
         hub.repos[REPO] = {".gitattributes": b""}
         status, said = push(hub, folder)
     assert status == 0 and "no config" in said and "model.safetensors" in hub.repos[REPO]
 
 
-def test_what_fails_for_a_while_is_tried_again(folder):
+def test_temporary_failures_are_retried(folder):
     failures = {"/api/repos/create": 1, "/commit/main": 1, "/tag/": 1}
     with Hub(failures) as hub:
         status, said = push(hub, folder, "--tag", "v1")
@@ -123,7 +123,7 @@ def test_what_fails_for_a_while_is_tried_again(folder):
     assert "README.md" in hub.repos[REPO] and set(hub.tags[REPO]) == {"v1"}
 
 
-def test_what_fails_for_good_publishes_no_card(folder):
+def test_permanent_failures_publish_no_card(folder):
     with Hub({"/commit/main": 99}) as hub:
         status, said = push(hub, folder, "--attempts", "1")
     assert status == 1 and "\nerror: " in said
@@ -136,15 +136,22 @@ def test_what_fails_for_good_publishes_no_card(folder):
         (lambda folder: (folder / "README.md").unlink(), "lacks README.md"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"lacks *.safetensors"),
         (lambda folder: (folder / "configuration_qgsa.py").unlink(), "lacks configuration_qgsa.py"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "holds pytorch_model.bin"),
-        (lambda folder: (folder / "notes.txt").symlink_to("/etc/hostname"), "holds notes.txt"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "remove pytorch_model.bin"),
+        (lambda folder: (folder / "notes.txt").symlink_to("/etc/hostname"), "remove notes.txt"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda folder: (folder / "README.md").write_text("# another"), "export it with --repo_id org/"),
     ],
 )
-def test_a_folder_that_is_no_export_is_refused(change, complaint, folder):
+def test_incomplete_or_unsafe_folders_are_not_published(change, complaint, folder):
     change(folder)
     with Hub() as hub:
         status, said = push(hub, folder)
     assert status == 1 and complaint in said and "Traceback" not in said
     assert hub.repos == {} and hub.calls == []
+
+
+def test_the_former_option_still_works_with_a_warning(folder):
+    command = [sys.executable, ROOT / "hub_cards" / "push_to_hub.py", "--folder", folder / "nope", "--repo_id", REPO]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1 and "--folder is now called --model" in done.stderr and "lacks" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
-"""The Space: what `ask` returns, and the page in a browser.
+"""The Space: the results of `ask`, and the page in a browser.
 
-`QGSA_SCREENSHOT=hub_cards/space/screenshot.png pytest tests/hub_cards/test_space.py` renews its screenshot.
+`QGSA_SCREENSHOT=hub_cards/space/screenshot.png pytest tests/hub_cards/test_space.py` takes a new screenshot.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ SPACE = Path(__file__).parents[2] / "hub_cards" / "space"
 QUESTIONS = ("what shape is on the red card?", "what shape is on the purple card?")  # in different tiles
 CHROMIUM = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 CHROMIUM += " --disable-component-update --disable-sync"
-WAIT = 15_000  # ms until a page that is late is wrong
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for a proxy
+WAIT = 15_000  # ms, the timeout of the page
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for loopback
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +90,21 @@ def test_pictures_show_tiles_and_global_view_apart(space, loaded, picture):
 @pytest.mark.parametrize("size", [(4, 4), (30, 50), (1600, 10), (900, 1200)])
 def test_any_image_is_answered_and_drawn(space, loaded, mode, size):
     answer = space.ask(*loaded, Image.new(mode, size), "which colour is the card with the star?", 16, 272)
-    assert answer.tiles[0] == answer.tiles[1]  # the most that there is to draw
+    assert answer.tiles[0] == answer.tiles[1]  # everything is drawn
     assert max(answer.tiles_picture.size) == 640 and min(answer.tiles_picture.size) >= 64
 
 
 @pytest.mark.parametrize(
     "image, question, budget, message",
     [
-        (None, "is there a red card?", (8, 60), "there is no image"),
-        (Image.new("RGB", (64, 64)), "  ", (8, 60), "there is no question"),
+        (None, "is there a red card?", (8, 60), "image is missing"),
+        (Image.new("RGB", (64, 64)), "  ", (8, 60), "question is missing"),
         (Image.new("RGB", (3, 64)), "is there a red card?", (8, 60), "3 x 64 px"),
         (Image.new("RGB", (64, 64)), "is there a red <image>?", (8, 60), "2 images"),
-        (Image.new("RGB", (64, 64)), "is there a red card?", (8, 1), "min_visual_tokens 8 is above"),
+        (Image.new("RGB", (64, 64)), "is there a red card?", (8, 1), "min_visual_tokens .*8.* max_visual_tokens .*1"),
     ],
 )
-def test_what_cannot_be_asked_is_a_value_error(space, loaded, image, question, budget, message):
+def test_invalid_questions_raise_value_error(space, loaded, image, question, budget, message):
     with pytest.raises(ValueError, match=message):
         space.ask(*loaded, image, question, *budget)
 
@@ -119,9 +119,16 @@ def test_a_saved_checkpoint_answers_alike(space, loaded, picture, tmp_path):
     assert first.tiles_picture == second.tiles_picture
 
 
+def test_an_unknown_model_is_reported_in_one_line(tmp_path):
+    command = [sys.executable, SPACE / "app.py", "--model", tmp_path / "nope"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"error: .*nope.*", done.stderr.strip().splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of the app, run as a Space runs it, on a free port."""
+    """Address of the app, started the way a Space does, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -154,10 +161,10 @@ def answers(address: str) -> bool:
 
 @pytest.fixture
 def page(server):
-    """A page with the app; afterwards it must have logged nothing and asked nobody else."""
+    """A browser page with the app; it must not log errors or contact other hosts."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if not shutil.which("chromium"):
-        pytest.skip("there is no chromium on the PATH")
+        pytest.skip("chromium is not on the PATH")
     said, asked = [], []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM.split())
@@ -174,7 +181,7 @@ def page(server):
 
 
 def wait_for(look, condition):
-    """Look until the condition holds, and return what is seen then."""
+    """Poll until the condition holds, and return the last value."""
     deadline = time.monotonic() + WAIT / 1000
     while not condition(seen := look()):
         assert time.monotonic() < deadline, f"still {str(seen)[:100]!r}"
@@ -215,7 +222,7 @@ def test_page_answers_two_questions_side_by_side(page, server):
     assert len(milliseconds) == 2 and all(milliseconds)
     if "QGSA_SCREENSHOT" in os.environ:
         page.mouse.move(0, 0)
-        page.wait_for_timeout(1000)  # until nothing fades any more
+        page.wait_for_timeout(1000)  # until all transitions are done
         page.screenshot(path=os.environ["QGSA_SCREENSHOT"])
 
     with page.expect_download() as download:
@@ -234,7 +241,7 @@ def test_page_answers_two_questions_side_by_side(page, server):
     wait_for(lambda: numbers(2), lambda seen: seen[0] > tokens)
 
 
-def test_page_survives_what_cannot_be_asked(page, tmp_path):
+def test_page_survives_invalid_questions(page, tmp_path):
     question, remove = page.get_by_label("Question 1"), page.get_by_label("Remove Image")
 
     def ask_in_vain(message):
@@ -244,14 +251,14 @@ def test_page_survives_what_cannot_be_asked(page, tmp_path):
         page.get_by_test_id("toast-body").wait_for(state="detached")
 
     question.fill(" ")
-    ask_in_vain("there is no question")
+    ask_in_vain("question is missing")
     question.fill("a red <image>")
-    ask_in_vain("the prompts name 2 images")
+    ask_in_vain("2 images")
     remove.click()
-    ask_in_vain("there is no image")
+    ask_in_vain("image is missing")
     Image.new("RGB", (3, 3)).save(tmp_path / "small.png")
-    (tmp_path / "text.png").write_text("this is no image")
-    for name, message in (("small.png", "image of 3 x 3 px"), ("text.png", "cannot identify image file")):
+    (tmp_path / "text.png").write_text("not an image")
+    for name, message in (("small.png", "3 x 3 px"), ("text.png", "cannot identify image file")):
         page.locator("input[type=file]").set_input_files(tmp_path / name)
         remove.wait_for()
         ask_in_vain(message)
