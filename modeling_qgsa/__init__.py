@@ -3,7 +3,7 @@
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from .configuration_qgsa import QGSAConfig
+from .configuration_qgsa import QGSAConfig, __version__
 from .modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
 from .processing_qgsa import QGSAProcessor
 from .selection_qgsa import QGSASelection
@@ -11,11 +11,11 @@ from .vision_qgsa import VisualCache
 
 
 if transformers.__version__.startswith("4."):
-    from transformers import AutoModelForVision2Seq
+    from transformers import AutoModelForVision2Seq  # type: ignore[attr-defined]
 else:
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
-# With this package imported the Auto classes know its checkpoints, and run no code of theirs.
+# Once this package is imported, the Auto classes load its checkpoints without running code that comes with them.
 AutoConfig.register(QGSAConfig.model_type, QGSAConfig)
 AutoModel.register(QGSAConfig, QGSASmolVLMModel)
 AutoModelForImageTextToText.register(QGSAConfig, QGSASmolVLMForConditionalGeneration)
@@ -29,4 +29,5 @@ __all__ = [
     "QGSASmolVLMForConditionalGeneration",
     "QGSASmolVLMModel",
     "VisualCache",
+    "__version__",
 ]

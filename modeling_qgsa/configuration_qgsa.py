@@ -1,12 +1,17 @@
-"""Configuration of QGSA-SmolVLM: a SmolVLM whose question selects what it looks at."""
+"""Configuration of QGSA-SmolVLM: that of SmolVLM, plus how the question selects the visual tokens."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
+from typing import Any, TypedDict
 
-from .generations_qgsa import SmolVLMConfig, strict_config
+import torch
+
+from .compat_qgsa import SmolVLMConfig, strict_config
 
 
-MOST = 2**31 - 1  # of a budget: all there is
+__version__ = "0.2.0"
+
+MAX_BUDGET = 2**31 - 1  # effectively "keep everything"
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 
 # Everything the Auto classes need to load a checkpoint with `trust_remote_code=True`.
@@ -20,49 +25,104 @@ AUTO_MAP = {
 }
 
 
-@strict_config
-class QGSAConfig(SmolVLMConfig):
-    r"""
-    Configuration of [`QGSASmolVLMForConditionalGeneration`]: that of SmolVLM, the selection and its budgets, the
-    selector's size, and the ids of the marker tokens the layout of the images is read from.
+class LimitKwargs(TypedDict, total=False):
+    """The limits of a [`Budget`] as keyword arguments of one call; None keeps the configured value."""
 
-    All budgets are per image. Inference interpolates between the minimum (complexity 0) and the maximum
-    (complexity 1) by the complexity that is estimated from the question and the glance.
+    min_visual_tokens: int | None
+    max_visual_tokens: int | None
+    min_tiles: int | None
+    max_tiles: int | None
 
-    Args:
-        selection (`str`, defaults to `"before_encoder"`):
-            `"before_encoder"` encodes the most relevant tiles only, then keeps the best visual tokens;
-            `"after_encoder"` encodes every tile, then keeps the best visual tokens (QGSA as published);
-            `"blocks"` encodes only the most relevant blocks of patches of the most relevant tiles, one a visual token
-            and at most as many as tokens may be kept, then keeps the best visual tokens;
-            `"dense"` is the stock model, bit for bit.
-        min_visual_tokens (`int`, defaults to 16): fewest visual tokens kept, of the glance and the tiles together.
-        max_visual_tokens (`int`, defaults to 128): most visual tokens kept.
-        min_tiles (`int`, defaults to 0): fewest high-resolution tiles encoded; the global view comes on top.
-        max_tiles (`int`, defaults to 4): most high-resolution tiles encoded.
-        selector_hidden_size (`int`, defaults to 128): width of the selector.
-        selector_layers (`int`, defaults to 2): transformer layers over glance and question.
-        selector_heads (`int`, defaults to 4): attention heads of each.
-        max_question_tokens (`int`, defaults to 128): the selector reads the last so many tokens of a question.
-        gumbel_temperature (`float`, defaults to 1.0): temperature of the relaxed selection in training.
-        complexity_levels (`int`, defaults to 9): complexities from 0 to 1 that the estimator tells apart.
-        complexity_quantile (`float`, defaults to 0.95): the budget is to suffice with this estimated probability;
-            a lower one is cheaper.
-        tiles_per_step (`int`, *optional*): tiles encoded at once, all of them by default; see `tune`.
-        global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the
-            defaults are those of the published SmolVLM tokenizers.
-        tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in all.
 
-    Raises huggingface_hub's StrictDataclass errors where a field is out of its range, naming the field and the number.
-    """
-
-    model_type = "qgsa_smolvlm"
+@dataclass(frozen=True)
+class Budget:
+    """Which variant selects, and how many visual tokens and high-resolution tiles it may use per image."""
 
     selection: str = "before_encoder"
     min_visual_tokens: int = 16
     max_visual_tokens: int = 128
     min_tiles: int = 0
     max_tiles: int = 4
+
+    @classmethod
+    def of(cls, config, **overrides: Any) -> "Budget":
+        """The budget of `config` with the overrides of one call; None keeps the configured value.
+
+        Raises ValueError if the result is out of range, TypeError for an unknown field.
+        """
+        configured = cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
+        budget = replace(configured, **{name: value for name, value in overrides.items() if value is not None})
+        budget.check()
+        return budget
+
+    def check(self):
+        """Raise ValueError, naming the field and both numbers, if the budget cannot be kept."""
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection ({self.selection!r}): choose from {', '.join(SELECTIONS)}")
+        for name, low, high, least in (
+            ("visual_tokens", self.min_visual_tokens, self.max_visual_tokens, 1),
+            ("tiles", self.min_tiles, self.max_tiles, 0),
+        ):
+            for end, number in (("min", low), ("max", high)):
+                if isinstance(number, bool) or not isinstance(number, Integral) or number > MAX_BUDGET:
+                    raise ValueError(f"{end}_{name} ({number!r}) must be an integer of at most {MAX_BUDGET}")
+            if low < least:
+                raise ValueError(f"min_{name} ({low}) must be at least {least}")
+            if low > high:
+                raise ValueError(f"min_{name} ({low}) must not exceed max_{name} ({high})")
+
+    def resolve(self, complexity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, k) per image, `(I,)` int64 each, from its complexity, `(I,)` in 0 .. 1."""
+        m = self.min_tiles + complexity * (self.max_tiles - self.min_tiles)
+        k = self.min_visual_tokens + complexity * (self.max_visual_tokens - self.min_visual_tokens)
+        return m.round().long(), k.round().long()
+
+
+@strict_config
+class QGSAConfig(SmolVLMConfig):
+    r"""
+    Configuration of [`QGSASmolVLMForConditionalGeneration`]: that of SmolVLM, the selection and its budgets, the size
+    of the selector, and the ids of the marker tokens from which the layout of the images is read.
+
+    All budgets are per image. Inference interpolates between the minimum (complexity 0) and the maximum (complexity 1)
+    by the complexity estimated from the question and the glance.
+
+    Args:
+        selection (`str`, defaults to `"before_encoder"`):
+            `"before_encoder"` encodes only the most relevant tiles, then keeps the best visual tokens;
+            `"after_encoder"` encodes every tile, then keeps the best visual tokens (QGSA as published);
+            `"blocks"` encodes only the most relevant blocks of patches within the most relevant tiles, one block per
+            visual token and at most as many as tokens may be kept, then keeps the best visual tokens;
+            `"dense"` is the stock model, bit for bit.
+        min_visual_tokens (`int`, defaults to 16): fewest visual tokens kept, from the glance and the tiles together.
+        max_visual_tokens (`int`, defaults to 128): most visual tokens kept.
+        min_tiles (`int`, defaults to 0): fewest high-resolution tiles encoded, in addition to the global view.
+        max_tiles (`int`, defaults to 4): most high-resolution tiles encoded.
+        selector_hidden_size (`int`, defaults to 128): width of the selector.
+        selector_layers (`int`, defaults to 2): transformer layers over glance and question.
+        selector_heads (`int`, defaults to 4): attention heads per layer.
+        max_question_tokens (`int`, defaults to 128): the selector reads at most this many tokens, the last ones.
+        gumbel_temperature (`float`, defaults to 1.0): temperature of the relaxed selection in training.
+        complexity_levels (`int`, defaults to 9): number of complexities from 0 to 1 that the estimator distinguishes.
+        complexity_quantile (`float`, defaults to 0.95): estimated probability with which the budget should suffice; a
+            lower value is cheaper.
+        tiles_per_step (`int`, *optional*): tiles encoded at once, all of them by default; see `tune`.
+        global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the defaults are those of the
+            published SmolVLM tokenizers.
+        tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in total.
+
+    A saved configuration also carries `qgsa_version`, the version of this package that wrote it.
+
+    Raises a StrictDataclass error of huggingface_hub, naming the field and the number, if a field is out of range.
+    """
+
+    model_type = "qgsa_smolvlm"
+
+    selection: str = Budget.selection
+    min_visual_tokens: int = Budget.min_visual_tokens
+    max_visual_tokens: int = Budget.max_visual_tokens
+    min_tiles: int = Budget.min_tiles
+    max_tiles: int = Budget.max_tiles
     selector_hidden_size: int = 128
     selector_layers: int = 2
     selector_heads: int = 4
@@ -77,49 +137,58 @@ class QGSAConfig(SmolVLMConfig):
     tile_token_ids: list[int] = field(default_factory=lambda: list(range(49153, 49189)))
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("qgsa_version", None)  # of the file that was read; `to_dict` writes the present one
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"qgsa_version": __version__}
+
+    @property
+    def patches_per_side(self) -> int:
+        """Whole patches along each side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens of one tile: its patches after the pixel shuffle."""
-        return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
+        """Visual tokens per tile: its patches after the pixel shuffle."""
+        return (self.patches_per_side // self.scale_factor) ** 2
 
     def check_tiles(self):
-        """Raise ValueError unless the patches of a tile make whole visual tokens."""
-        patches = self.vision_config.image_size // self.vision_config.patch_size
-        if patches % self.scale_factor:
+        """Raise ValueError if the patches of a tile do not make whole visual tokens."""
+        if self.patches_per_side % self.scale_factor:
             raise ValueError(
-                f"scale_factor {self.scale_factor} is no divisor of the {patches} patches of a tile's side"
+                f"scale_factor ({self.scale_factor}) must divide the number of patches per tile side "
+                f"({self.patches_per_side})"
             )
 
     def validate_budget(self):
-        """The selection is known and its budgets are in order; run by `@strict_config` on construction."""
-        check_budget(self.selection, self.min_visual_tokens, self.max_visual_tokens, self.min_tiles, self.max_tiles)
+        """Check the selection and its budgets; run by `@strict_config` on construction."""
+        Budget.of(self)
 
     def validate_selector(self):
-        """The selector can be built; run by `@strict_config` on construction."""
+        """Check that the selector can be built; run by `@strict_config` on construction."""
         for name in ("selector_hidden_size", "selector_layers", "selector_heads", "max_question_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it has to be at least 1")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.selector_hidden_size % self.selector_heads:
             raise ValueError(
-                f"selector_hidden_size {self.selector_hidden_size} is no multiple of "
-                f"selector_heads {self.selector_heads}"
+                f"selector_hidden_size ({self.selector_hidden_size}) must be a multiple of selector_heads "
+                f"({self.selector_heads})"
             )
         if not self.gumbel_temperature > 0:
-            raise ValueError(f"gumbel_temperature is {self.gumbel_temperature}: it has to be above 0")
+            raise ValueError(f"gumbel_temperature ({self.gumbel_temperature}) must be greater than 0")
         if self.complexity_levels < 2:
-            raise ValueError(f"complexity_levels is {self.complexity_levels}: it has to be at least 2")
+            raise ValueError(f"complexity_levels ({self.complexity_levels}) must be at least 2")
         if not 0 < self.complexity_quantile <= 1:
-            raise ValueError(f"complexity_quantile is {self.complexity_quantile}: it has to be above 0 and at most 1")
+            raise ValueError(f"complexity_quantile ({self.complexity_quantile}) must be in (0, 1]")
         if self.tiles_per_step is not None and self.tiles_per_step < 1:
-            raise ValueError(f"tiles_per_step is {self.tiles_per_step}: it has to be at least 1")
+            raise ValueError(f"tiles_per_step ({self.tiles_per_step}) must be at least 1")
         if len(self.tile_token_ids) != 36:
-            raise ValueError(f"tile_token_ids holds {len(self.tile_token_ids)} ids: 6 rows of 6 columns make 36")
+            raise ValueError(f"tile_token_ids ({len(self.tile_token_ids)} ids) must hold 36: 6 rows of 6 columns")
 
     def validate_sizes(self):
-        """Tiles make visual tokens, and ids can be ids; run by `@strict_config` on construction."""
+        """Check that tiles make visual tokens and that ids are in range; run by `@strict_config` on construction."""
         vision, text = self.vision_config, self.text_config
         for name, size in (
             ("image_size", vision.image_size),
@@ -129,60 +198,12 @@ class QGSAConfig(SmolVLMConfig):
             ("vocab_size", text.vocab_size),
         ):
             if size < 1:
-                raise ValueError(f"{name} is {size}: it has to be at least 1")
+                raise ValueError(f"{name} ({size}) must be at least 1")
         if self.tokens_per_tile < 1:
             raise ValueError(
-                f"image_size {vision.image_size}, patch_size {vision.patch_size} and scale_factor {self.scale_factor} "
-                "make 0 visual tokens a tile"
+                f"image_size ({vision.image_size}), patch_size ({vision.patch_size}) and scale_factor "
+                f"({self.scale_factor}) make 0 visual tokens per tile"
             )
         for name in ("image_token_id", "global_image_token_id", "end_of_utterance_token_id"):
             if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} is {getattr(self, name)}: an id is 0 to {2**31 - 1}")
-
-
-def check_budget(selection: str, min_visual_tokens: int, max_visual_tokens: int, min_tiles: int, max_tiles: int):
-    """Raise ValueError, naming the field and both numbers, unless the budget can be kept."""
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection is {selection!r}: choose from {', '.join(SELECTIONS)}")
-    for name, low, high, least in (
-        ("visual_tokens", min_visual_tokens, max_visual_tokens, 1),
-        ("tiles", min_tiles, max_tiles, 0),
-    ):
-        for number in (low, high):
-            if isinstance(number, bool) or not isinstance(number, Integral) or number > MOST:
-                raise ValueError(f"{name} of {number!r}: min_{name} and max_{name} are integers up to {MOST}")
-        if low < least:
-            raise ValueError(f"min_{name} is {low}: it has to be at least {least}")
-        if low > high:
-            raise ValueError(f"min_{name} {low} is above max_{name} {high}")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Which selection, and how many visual tokens and high-resolution tiles of each image it may use."""
-
-    selection: str
-    min_visual_tokens: int
-    max_visual_tokens: int
-    min_tiles: int
-    max_tiles: int
-
-    @classmethod
-    def of(cls, config: QGSAConfig, **overrides) -> "Budget":
-        """The configured budget with this call's overrides; None keeps the configured value. Raises ValueError."""
-        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__}
-        budget = replace(cls(**fields), **{name: value for name, value in overrides.items() if value is not None})
-        check_budget(**{name: getattr(budget, name) for name in fields})
-        return budget
-
-    def resolve(self, complexity):
-        """(m, k) of each image, `(I,)` int64 each, from its complexity `(I,)` in 0 .. 1."""
-        m = self.min_tiles + complexity * (self.max_tiles - self.min_tiles)
-        k = self.min_visual_tokens + complexity * (self.max_visual_tokens - self.min_visual_tokens)
-        return m.round().long(), k.round().long()
-
-
-def pop_budget(kwargs: dict) -> dict:
-    """Take the budget fields out of a call's keyword arguments, so that the rest can be passed on."""
-    names = ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
+                raise ValueError(f"{name} ({getattr(self, name)}) must be in 0 .. {2**31 - 1}")

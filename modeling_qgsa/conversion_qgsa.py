@@ -1,15 +1,19 @@
-"""From a dense SmolVLM to QGSA: which checkpoints are taken, their configuration, and their weights."""
+"""From a dense SmolVLM to QGSA: accepted checkpoints, their configuration and their weights."""
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from .configuration_qgsa import QGSAConfig
 
 
-OWN = ("model.selector.", "model.complexity_estimator.")
+OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.")
 
 
 def load_dense(base, tokenizer=None):
-    """The dense model and the tokenizer of `base`: a Hub id, a folder, or a model, whose tokenizer is as given.
+    """The dense model and its tokenizer.
+
+    Args:
+        base: Hub id, folder or model.
+        tokenizer: replaces that of an id or folder; returned as it is for a model.
 
     Raises ValueError for a checkpoint of another architecture, naming it, before any weight is loaded.
     """
@@ -21,7 +25,7 @@ def load_dense(base, tokenizer=None):
 
 
 def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
-    """The configuration of a QGSA model: sizes of the config `dense`, markers of `tokenizer`, and `fields`."""
+    """The configuration of a QGSA model: sizes from the dense one, marker ids from `tokenizer`, and `fields`."""
     if tokenizer is not None:
         fields = marker_ids(tokenizer) | fields
     vision = dense.vision_config.to_dict()
@@ -36,24 +40,24 @@ def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
 
 
 def copy_dense_weights(dense, model):
-    """Copy every weight of `dense` to `model`. Raises ValueError where one is without its place, or one is missing."""
+    """Copy every weight of `dense` to `model`. Raises ValueError if weights are missing or have no counterpart."""
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
-    missing = [name for name in missing if not name.startswith(OWN)]
+    missing = [name for name in missing if not name.startswith(OWN_WEIGHTS)]
     if missing or unexpected:
         raise ValueError(
-            f"of the {len(dense.state_dict())} weights of {type(dense).__name__} {len(unexpected)} have no place "
-            f"here ({unexpected[:3]}), and {len(missing)} of ours were not given ({missing[:3]})"
+            f"{type(dense).__name__} has {len(dense.state_dict())} weights: {len(unexpected)} have no counterpart "
+            f"({unexpected[:3]}), and {len(missing)} are missing ({missing[:3]})"
         )
 
 
 def check_architecture(config):
-    """Raise ValueError unless the config is that of a dense model this one can be made from."""
+    """Raise ValueError unless the configuration is that of an idefics3 or smolvlm checkpoint."""
     if config.model_type not in ("idefics3", "smolvlm"):
-        raise ValueError(f"model_type is {config.model_type!r}: from_dense takes idefics3 and smolvlm checkpoints")
+        raise ValueError(f"model_type ({config.model_type!r}): from_dense takes idefics3 and smolvlm checkpoints")
 
 
 def marker_ids(tokenizer) -> dict:
-    """Ids of SmolVLM's marker tokens, as fields of [`QGSAConfig`]. Raises ValueError where the tokenizer lacks one."""
+    """Ids of SmolVLM's marker tokens as fields of [`QGSAConfig`]. Raises ValueError if the tokenizer lacks one."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
     known = tokenizer.get_vocab()

@@ -1,6 +1,7 @@
-"""Images as callers give them: loaded, checked, and brought into 8 bits a channel, before any tile is cut."""
+"""Input images: loaded, checked, and converted to 8 bits per channel before any tile is cut."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,17 +10,17 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
 
-MIN_SIDE = 4  # px; a smaller image holds nothing to look at
-MAX_ASPECT = 200  # the short side of a longer image is resized to nothing
-MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
+MIN_SIDE = 4  # px; a smaller image has no content to look at
+MAX_ASPECT = 200  # beyond it the short side is resized to nothing
+MAX_PIXELS = 89_478_485  # above it PIL warns of decompression bombs
 
 
 def load_images(images, rescale: bool = True):
-    """Load what is given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
+    """Load images given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
 
-    Returns PIL images, and arrays of uint8 for arrays and tensors without alpha channel; floats as they are, where the
-    image processor is not to `rescale` from 0 .. 255. Raises TypeError for what is no image, and OSError or ValueError
-    for one that cannot be read, or that `check_size` or `check_depth` refuse.
+    Returns PIL images, and uint8 arrays for arrays and tensors without an alpha channel; floats stay as they are if
+    the image processor does not `rescale` from 0 .. 255. Raises TypeError if an element is not an image, OSError or
+    ValueError if it cannot be read or fails `check_size` or `check_depth`.
     """
     if isinstance(images, list | tuple):
         return [load_images(image, rescale) for image in images]
@@ -36,18 +37,18 @@ def load_images(images, rescale: bool = True):
 
 
 def open_image(address: str) -> Image.Image:
-    """The image of a path, URL or data URI, upright and in RGB."""
+    """The image at a path, URL or data URI, upright and in RGB."""
     if os.path.isfile(address):
-        with Image.open(address) as image:  # its header says how large it is before any pixel is decoded
+        with Image.open(address) as image:  # the header tells the size before any pixel is decoded
             check_size(*image.size)
             check_depth(image)
     if address.startswith("data:") and "," not in address:
-        raise ValueError(f"image {address[:100]!r}: a data URI has a comma before its data")
+        raise ValueError(f"image ({address[:100]!r}): a data URI needs a comma before its data")
     return load_image(address)
 
 
 def read(load, name: str):
-    """What `load` returns. Raises ValueError, naming the image, for whatever else PIL and the network raise."""
+    """The result of `load`. Raises ValueError, naming the image, for any other error of PIL and the network."""
     try:
         return load()
     except (OSError, ValueError, TypeError):
@@ -57,59 +58,60 @@ def read(load, name: str):
 
 
 def check_size(width: int, height: int):
-    """Raise ValueError, naming both sides, for an image that cannot be cut into tiles, or is too large to be."""
+    """Raise ValueError, naming both sides, if an image is too small, too narrow or too large to be cut into tiles."""
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(
-            f"image of {width} x {height} px: each side has to be at least {MIN_SIDE} px, and the longer at most "
+            f"image ({width} x {height} px): each side must have at least {MIN_SIDE} px, and the longer one at most "
             f"{MAX_ASPECT} times the shorter"
         )
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"image of {width} x {height} px: it has {width * height} pixels, at most {MAX_PIXELS} are read"
+            f"image ({width} x {height} px): its {width * height} pixels exceed the limit of {MAX_PIXELS}"
         )
 
 
 def check_depth(image: Image.Image):
-    """Raise ValueError for pixels that 8 bits do not hold: in RGB they would be cut off at 255, or all be 0."""
+    """Raise ValueError for pixels that do not fit into 8 bits: in RGB they would saturate at 255, or all be 0."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return
-    low, high = image.getextrema()
+    extrema: Any = image.getextrema()  # of one channel
+    low, high = extrema
     if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
         raise ValueError(
-            f"image of mode {image.mode} holds {low} to {high}: scale it to 0 to 255, and convert it to L"
+            f"image (mode {image.mode}, {low} to {high}) must fit into 8 bits: scale it to 0 .. 255, mode L"
         )
 
 
 def to_uint8(image, rescale: bool = True) -> np.ndarray:
-    """An array or tensor as an array of uint8, `(height, width, channels)` or `(channels, height, width)`.
+    """An array or tensor as a uint8 array, `(height, width, channels)` or `(channels, height, width)`.
 
-    Floats up to 1, and bools, are taken for shares of 255, all other numbers for what they are; floats stay as they
-    are without `rescale`. Raises TypeError for what is neither array nor tensor of numbers, ValueError for another
-    shape and for numbers beyond 0 to 255.
+    Bools, and floats up to 1, are fractions of 255; all other numbers are taken literally. Without `rescale` floats
+    stay as they are. Raises TypeError unless it is an array or tensor of numbers, ValueError if its shape does not
+    match or a number is outside 0 .. 255.
     """
     if isinstance(image, torch.Tensor):
         given, floats = image, torch.float32 if image.is_floating_point() else image.dtype
         image = read(lambda: given.detach().to("cpu", floats).numpy(), "tensor")
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"an image is a {type(image).__name__}: give a PIL image, array, tensor, path or URL")
+        raise TypeError(f"image ({type(image).__name__}) must be a PIL image, array, tensor, path or URL")
     if image.dtype.kind not in "biuf":
-        raise TypeError(f"image of {image.dtype}: give uint8, numbers from 0 to 255, or floats from 0 to 1")
+        raise TypeError(f"image ({image.dtype}) must hold uint8, numbers from 0 to 255, or floats from 0 to 1")
     image = image[..., None] if image.ndim == 2 else image
     if image.ndim != 3 or not {1, 3, 4} & {image.shape[0], image.shape[-1]}:
-        raise ValueError(f"image of shape {image.shape}: it has to have a height, a width, and 1, 3 or 4 channels")
+        raise ValueError(f"image (shape {image.shape}) must have a height, a width, and 1, 3 or 4 channels")
     height, width = image.shape[:2] if image.shape[-1] in (1, 3, 4) else image.shape[1:]
     check_size(width, height)
     if image.dtype == np.uint8 or (image.dtype.kind == "f" and not rescale and np.isfinite(image).all()):
         return np.ascontiguousarray(image)
     low, high = image.min(), image.max()
-    if not (0 <= low and high <= 255):  # so that NaN is refused too
-        raise ValueError(f"image of {image.dtype} holds {low} to {high}: it has to be 0 to 255, or 0 to 1 in floats")
+    if not (0 <= low and high <= 255):  # written so that NaN fails too
+        raise ValueError(f"image ({image.dtype}, {low} to {high}) must be within 0 .. 255, or 0 .. 1 for floats")
     shares = image.dtype.kind == "b" or (image.dtype.kind == "f" and high <= 1)
     return np.round(image.astype(np.float32) * (255 if shares else 1)).astype(np.uint8)
 
 
 def without_alpha(image: np.ndarray):
-    """An array of uint8 with four channels as a PIL image in RGB; any other as it is."""
+    """A uint8 array with four channels as a PIL image in RGB; any other array as it is."""
     last = image.shape[-1] in (1, 3, 4)
     if image.dtype != np.uint8 or image.shape[-1 if last else 0] != 4:
         return image
@@ -119,7 +121,7 @@ def without_alpha(image: np.ndarray):
 def to_rgb(image) -> Image.Image:
     """A PIL image, or an array of `(height, width, 3)` or `(3, height, width)`, as a PIL image in RGB.
 
-    What is transparent becomes white, as in the stock image processor.
+    Transparent pixels become white, as in the stock image processor.
     """
     image = to_pil_image(image)
     if "A" in image.getbands() or "transparency" in image.info:
@@ -129,28 +131,26 @@ def to_rgb(image) -> Image.Image:
 
 
 def has_images(images) -> bool:
-    """Whether there is an image at any depth."""
+    """Whether nested lists contain any image."""
     return any(map(has_images, images)) if isinstance(images, list | tuple) else images is not None
 
 
-def images_of_samples(images, counts: list[int]) -> list[list]:
-    """The images of each sample, of which the prompts name `counts`.
+def images_per_sample(images, counts: list[int]) -> list[list]:
+    """The images of each sample; `counts` are the numbers of images that the prompts name.
 
-    Raises ValueError where the numbers differ, and for lists of mixed depth or with None among the images.
+    Raises ValueError if the numbers differ, and for lists of mixed depth or with None among the images.
     """
     images = images if isinstance(images, list | tuple) else [images]
     nested = [isinstance(sample, list | tuple) for sample in images]
     flat = [image for sample in images for image in sample] if all(nested) else images
     if any(image is None or isinstance(image, list | tuple) for image in flat):
-        raise ValueError(
-            "images are one image, a list of images, or a list of lists, one for each prompt, without None"
-        )
+        raise ValueError("images must be one image, a list of images, or one list of images per prompt, without None")
     if not all(nested):
         if sum(counts) != len(images):
-            raise ValueError(f"the prompts name {sum(counts)} images, and {len(images)} are given")
+            raise ValueError(f"the prompts name {sum(counts)} images, but {len(images)} are given")
         images = iter(images)
         return [[next(images) for _ in range(count)] for count in counts]
     given = [len(sample) for sample in images]
     if given != counts:
-        raise ValueError(f"the prompts name {counts} images, and {given} are given")
+        raise ValueError(f"the prompts name {counts} images, but {given} are given")
     return [list(sample) for sample in images]

@@ -1,83 +1,57 @@
-"""QGSA-SmolVLM: SmolVLM that looks only where the question points. Only the delta to SmolVLM is here.
+"""QGSA-SmolVLM: SmolVLM that looks only where the question points. This file holds only the delta to SmolVLM.
 
     glance  encode the global view
-    point   the selector reads question and glance: relevance, complexity, budget (m, k)
+    point   read question and glance: relevance, complexity, budget (m, k)
     look    encode the m most relevant tiles
-    keep    score glance and tiles, keep k visual tokens
-    splice  take the kept positions together, each at its original position id
+    keep    score the visual tokens of glance and tiles, keep k
+    splice  gather the kept positions, keeping their original position ids
     answer  the stock text model, the stock generate()
 
 `selection="after_encoder"` looks at every tile, `"blocks"` at single blocks of the chosen tiles; `"dense"` hands
 everything to the stock model.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
+from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_qgsa import Budget, QGSAConfig, pop_budget
+from .compat_qgsa import advance_positions, use_v5_patch_positions
+from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
-from .generations_qgsa import AdvancingPositions, mend_patch_positions
-from .prompt_qgsa import Prompt, read_question, refuse_decoding, refuse_placeholders
-from .relaxation_qgsa import RelaxedPrefill
+from .layout_qgsa import VisualLayout
+from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
+from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
+from .prompt_qgsa import check_decoding, check_no_placeholders, read_question
+from .relaxation_qgsa import Relaxation, gated_attention_mask
+from .request_qgsa import BaseModelKwargs, QGSAKwargs, Request, RequestKwargs, VisualInputs
 from .selection_qgsa import (
-    Glance,
     QGSASelection,
-    SelectedInputs,
-    VisualLayout,
-    complexity_at,
+    choose_tokens,
     describe_selection,
-    keep_top_k,
     positions_to_keep,
-    rank_tokens,
-    read_layout,
-    relevance_of_tokens,
-    scores_of_tiles,
     splice,
-    tile_relevance,
-    to_images,
-    to_tiles,
-    token_cells,
+    spread,
+    top_k_per_image,
 )
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
-from .vision_qgsa import PartialVision, Views, VisualCache, check_views
+from .vision_qgsa import embed_dense, encode_chosen_blocks, encode_in_steps, encode_tiles
 
 
-@dataclass
-class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
-    """SmolVLM's output, the `selection` and the `glance` it was made from (None where nothing was selected).
-
-    `image_hidden_states` are the features of the encoded tiles, `(n, P, D)`; of "blocks", 0 where none was chosen.
-    """
-
-    selection: QGSASelection | None = None
-    glance: Glance | None = None
-
-
-@dataclass
-class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
-    """SmolVLM's output, and the `selection` it was made from; logits are those of `selection.keep_indices`.
-
-    In training also the `glance`, whose relevance and complexity logits carry gradients, for losses on them.
-    """
-
-    selection: QGSASelection | None = None
-    glance: Glance | None = None
-
-
-class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
+class QGSASmolVLMModel(SmolVLMModel):
     """SmolVLM without its language head, with the selector."""
 
+    config: QGSAConfig
     config_class = QGSAConfig
     _auto_class = "AutoModel"
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)
         config.check_tiles()
-        mend_patch_positions(self.vision_model)
+        use_v5_patch_positions(self.vision_model)
         width = config.text_config.hidden_size
         self.selector = QuestionGuidedSelector(
             width,
@@ -95,176 +69,135 @@ class QGSASmolVLMModel(RelaxedPrefill, PartialVision, SmolVLMModel):
         if isinstance(module, QuestionGuidedSelector):
             module.init_weights()
 
-    def glance_and_point(self, prompt: Prompt, views: Views, question_mask=None) -> Glance:
-        """Steps 1 to 3: read the layout, encode the global views, ask the selector."""
-        config = self.config
+    @property
+    def pointer(self) -> Pointer:
+        """Who points: the trained selector."""
+        return SelectorPointer(self.selector, self.complexity_estimator, self.config.complexity_quantile)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the encoder differs from SmolVLM's: it takes steps, or has a dtype of its own."""
+        return self.config.tiles_per_step is not None or self.vision_model.dtype != self.text_model.dtype
+
+    def glance_and_point(self, request: Request) -> Glance:
+        """Steps 1 to 3: read the layout, encode the global views, and let the pointer read question and glance."""
+        prompt, visual, config = request.prompt, request.visual, self.config
+        assert prompt is not None
         prompt.check(config.text_config.vocab_size)
-        layout = read_layout(
-            prompt.input_ids,
-            config.tokens_per_tile,
-            config.image_token_id,
-            config.global_image_token_id,
-            config.tile_token_ids,
-        )
-        check_views(views, layout, config.vision_config.image_size)
-        question_mask = read_question(prompt, layout, config.end_of_utterance_token_id, question_mask)
-        glance = self.encode_tiles(views, layout, layout.is_global)
+        layout = VisualLayout.of(config, prompt.input_ids)
+        visual.check(layout, config.vision_config.image_size)
+        question_mask = read_question(prompt, layout, config.end_of_utterance_token_id, request.question_mask)
+        glance = encode_tiles(self, visual, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
-        relevance, question_state = self.selector(question, question_mask, glance)
-        levels = self.complexity_estimator(question, question_mask, glance)
-        if not self.training and not relevance.isfinite().all():  # in training the loss scaler skips such a step
-            raise ValueError("relevance holds NaN or infinite values: so do weights, or features of the glance")
-        complexity = complexity_at(levels.detach(), config.complexity_quantile)
-        return Glance(layout, glance, relevance, question_state, question_mask, levels, complexity)
+        pointing = self.pointer.point(question, question_mask, glance)
+        if not self.training and not pointing.relevance.isfinite().all():  # in training the loss scaler skips the step
+            raise ValueError("relevance holds NaN or infinite values: check the weights and the glance features")
+        return Glance(layout, glance, question_mask, *pointing)
 
-    def choose_tiles(self, glance: Glance, m: torch.Tensor, scores: torch.Tensor | None) -> torch.BoolTensor:
-        """The m best high-resolution tiles of every image, and its global view: `(T,)` bool."""
-        layout = glance.layout
-        scores = tile_relevance(glance.relevance.exp(), layout) if scores is None else scores.amax(1)
-        keep = keep_top_k(to_images(scores, layout, 0), to_images(~layout.is_global, layout, False), m)
-        return keep[layout.tile_image, layout.tile_slot] | layout.is_global
+    def look(self, glance: Glance, visual: VisualInputs, looked: torch.Tensor) -> torch.Tensor:
+        """Step 4: features of the tiles with tokens `looked` at, `(T, P)` bool: `(n, P, D)`, 0 at all other tokens.
 
-    def choose(self, selection: str, glance: Glance, m, k, scores: torch.Tensor | None = None) -> torch.BoolTensor:
-        """The visual tokens to look at, `(T, P)` bool: all those of the global views and of the chosen tiles, of which
-        "blocks" takes the k of each image that have the highest relevance (or `scores`, `(T, P)`).
-        """
-        layout = glance.layout
-        tiles = torch.ones_like(layout.is_global)
-        if selection != "after_encoder":
-            tiles = self.choose_tiles(glance, m, scores)
-        looked = tiles[:, None].expand(-1, layout.tokens_per_tile)
-        if selection != "blocks":
-            return looked
-        scores = relevance_of_tokens(glance.relevance, layout) if scores is None else scores
-        is_global = layout.is_global[:, None]
-        return to_tiles(keep_top_k(*rank_tokens(scores, looked & ~is_global, layout), k), layout) | is_global
-
-    def look(self, glance: Glance, views: Views, looked: torch.BoolTensor) -> torch.Tensor:
-        """Step 4: features of the tiles with tokens that are `looked` at, `(n, P, D)`; 0 at tokens that are not.
-
-        The global views among them are not encoded again. Tiles of which only some tokens are looked at are encoded
-        in blocks.
+        The global views among them are not encoded again. Tiles of which only some tokens are looked at are encoded in
+        blocks.
         """
         layout = glance.layout
         features = glance.features.new_zeros(*looked.shape, glance.features.shape[-1])
         features = features.index_put((layout.is_global,), glance.features)
         whole, tiles = looked.all(1) & ~layout.is_global, looked.any(1)
         if whole.any():
-            features = features.index_put((whole,), self.encode_tiles(views, layout, whole))
+            features = features.index_put((whole,), encode_tiles(self, visual, layout, whole))
         part = tiles & ~looked.all(1)
         if part.any():
             where = (looked & part[:, None]).nonzero(as_tuple=True)
-            features = features.index_put(where, self.encode_blocks(views, layout, looked, part))
+            features = features.index_put(where, encode_chosen_blocks(self, visual, layout, looked, part))
         return features[tiles]
 
-    def score_tokens(self, glance: Glance, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
-        """The selector's scores of the visual tokens of the chosen `tiles`, `(n, P)`."""
-        layout, image = glance.layout, glance.layout.tile_image[tiles]
-        places = glance.relevance[image].gather(1, token_cells(layout)[tiles])
-        return places + self.selector.match_tokens(glance.question_state[image], features, layout.is_global[tiles])
+    def look_at_all(
+        self, glance: Glance, visual: VisualInputs, looked: torch.Tensor, in_blocks: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step 4 in training: features of every tile, `(T, P, D)`, for the teachers, and those that `look` returns."""
+        with torch.no_grad() if in_blocks else nullcontext():
+            every = self.look(glance, visual, torch.ones_like(looked))
+        return every, self.look(glance, visual, looked) if in_blocks else every[looked.any(1)]
 
-    def keep(self, glance: Glance, scores: torch.Tensor, looked: torch.BoolTensor, k) -> torch.BoolTensor:
-        """Step 5: the k best visual tokens of every image among those `looked` at, `(T, P)` bool.
-
-        `scores` `(n, P)` are those of the tiles with tokens that were looked at.
-        """
-        scores = scores.new_zeros(looked.shape).index_put((looked.any(1),), scores)
-        return to_tiles(keep_top_k(*rank_tokens(scores, looked, glance.layout), k), glance.layout)
-
-    def embed(self, input_ids, layout: VisualLayout, features: torch.Tensor, tiles: torch.BoolTensor) -> torch.Tensor:
+    def embed(
+        self, input_ids: torch.Tensor, layout: VisualLayout, features: torch.Tensor, tiles: torch.Tensor
+    ) -> torch.Tensor:
         """Word embeddings with the features of the encoded `tiles` at their placeholders, `(B, L, D)`."""
         embeds = self.get_input_embeddings()(input_ids)
         where = (layout.tile_sample[tiles][:, None], layout.token_positions[tiles])
         return embeds.index_put(where, features.to(embeds.dtype))
 
-    def select_inputs(
-        self, budget: Budget, prompt: Prompt, views: Views, question_mask=None, scores=None
-    ) -> SelectedInputs:
-        """The whole prefill, steps 1 to 6. `scores` `(B, N)` replace those of the selector."""
-        glance = self.glance_and_point(prompt, views, question_mask)
-        layout, (m, k) = glance.layout, budget.resolve(glance.complexity)
-        given = None if scores is None else scores_of_tiles(scores, layout)
+    def prefill(self, request: Request, relaxation: Relaxation | None = None) -> Prefill:
+        """Steps 1 to 6: the prompt of `request` with the k best visual tokens of each image.
 
-        looked = self.choose(budget.selection, glance, m, k, given)
-        features, tiles = self.look(glance, views, looked), looked.any(1)
-        token_scores = self.score_tokens(glance, features, tiles) if given is None else given[tiles]
-        kept = self.keep(glance, token_scores, looked, k)
+        With a `relaxation`, in training, budgets are random and all tokens that are looked at stay, each with a gate
+        on its attention key; the reported selection is the hard one that the same scores make, and the features are
+        those of every tile, for the teachers.
+        """
+        prompt, budget, visual = request.prompt, request.budget, request.visual
+        assert prompt is not None
+        glance = self.glance_and_point(request)
+        layout, given = glance.layout, request.token_scores
+        scores = PointedScores(self.pointer, glance) if given is None else GivenScores.of(given, layout)
+        m, k = budget.resolve(glance.complexity if relaxation is None else relaxation.complexity(glance.complexity))
 
-        embeds = self.embed(prompt.input_ids, layout, features, tiles)
-        (embeds, mask, positions), keep_indices = splice(
-            positions_to_keep(prompt.attention_mask, layout, kept),
-            (embeds, 0.0),
-            (prompt.attention_mask, 0),
-            (prompt.position_ids, 0),
-        )
-        selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
-        return SelectedInputs(embeds, mask, positions, selection, glance, features)
+        looked = choose_tokens(budget.selection, scores, layout, m, k)
+        tiles = looked.any(1)
+        if relaxation is None:
+            features = seen = self.look(glance, visual, looked)
+        else:
+            features, seen = self.look_at_all(glance, visual, looked, budget.selection == "blocks")
+
+        token_scores = spread(scores.of_tokens(seen, tiles), tiles)
+        kept = stays = top_k_per_image(token_scores, looked, layout, k)
+        embeds = self.embed(prompt.input_ids, layout, seen, tiles)
+        spliced = [(embeds, 0.0), (prompt.attention_mask, 0), (prompt.position_ids, 0)]
+        if relaxation is not None:
+            stays, gates = looked, relaxation.log_gates(token_scores, looked, layout, k)
+            spliced.append((gates.to(embeds.dtype), 0.0))
+        keep = positions_to_keep(prompt.attention_mask, layout, stays)
+        (embeds, mask, positions, *log_gates), keep_indices = splice(keep, *spliced)
+        mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
+        text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        return Prefill(text_inputs, describe_selection(glance, kept, tiles, keep_indices), glance, features)
+
+    def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
+        """As SmolVLM's, but `config.tiles_per_step` tiles at a time and in the dtype of the text model."""
+        encode = super().get_image_features
+        if not self.is_tuned or not pixel_values.any():
+            return encode(pixel_values, pixel_attention_mask, **kwargs)
+        step, dtype = self.config.tiles_per_step, self.text_model.dtype
+        return encode_in_steps(encode, pixel_values, pixel_attention_mask, step, dtype)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
         past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        question_mask: torch.Tensor | None = None,
-        visual_token_scores: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        image_hidden_states: torch.Tensor | None = None,
-        lazy_tiles=None,
-        visual_cache: VisualCache | None = None,
-        gumbel_temperature: float | None = None,
-        selection: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector here."""
-        budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
-        views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
-        if budget.selection == "dense":
-            views.refuse_dense()
-            if pixel_values is not None and self.is_tuned:
-                inputs_embeds = self.embed_dense(input_ids, pixel_values, pixel_attention_mask)
-                input_ids = pixel_values = pixel_attention_mask = None
-        if views.are_none or inputs_embeds is not None or budget.selection == "dense":
-            outputs = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                pixel_values=pixel_values,
-                pixel_attention_mask=pixel_attention_mask,
-                **kwargs,
-            )
-            return QGSABaseModelOutputWithPast(**outputs)
-
-        prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
-        if self.training and visual_token_scores is None:
-            temperature = self.config.gumbel_temperature if gumbel_temperature is None else gumbel_temperature
-            inputs = self.relax_inputs(budget, prompt, views, question_mask, temperature)
-        else:
-            inputs = self.select_inputs(budget, prompt, views, question_mask, visual_token_scores)
-        outputs = super().forward(
-            inputs_embeds=inputs.inputs_embeds,
-            attention_mask=inputs.attention_mask,
-            position_ids=inputs.position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        return QGSABaseModelOutputWithPast(
-            **{
-                **outputs,
-                "image_hidden_states": inputs.features,
-                "selection": inputs.selection,
-                "glance": inputs.glance,
-            }
-        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        rest: dict[str, Any] = {**given, **kwargs}
+        request = Request.take(self.config, rest)
+        if not request.selects:
+            stock = request.stock
+            if request.budget.selection == "dense" and stock["pixel_values"] is not None and self.is_tuned:
+                stock = embed_dense(self, stock)
+            return QGSABaseModelOutputWithPast(**super().forward(**stock, past_key_values=past_key_values, **rest))
+        relaxation = None
+        if self.training and request.token_scores is None:
+            relaxation = Relaxation(request.gumbel_temperature)
+        prefill = self.prefill(request, relaxation)
+        outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
+        made = {"image_hidden_states": prefill.features, "selection": prefill.selection, "glance": prefill.glance}
+        return QGSABaseModelOutputWithPast(**{**outputs, **made})
 
 
-class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditionalGeneration):
+class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
     """SmolVLM that looks only where the question points.
 
     ```python
@@ -273,6 +206,7 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
     ```
     """
 
+    config: QGSAConfig
     config_class = QGSAConfig
     _auto_class = "AutoModelForImageTextToText"
 
@@ -283,15 +217,15 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
 
     @classmethod
     def from_dense(cls, base, tokenizer=None, **fields) -> "QGSASmolVLMForConditionalGeneration":
-        """Make a QGSA model of a dense one, with every weight of it and a fresh selector.
+        """Make a QGSA model from a dense one, with all of its weights and a fresh selector.
 
         Args:
             base: Hub id, local folder or model of an idefics3 or smolvlm checkpoint.
-            tokenizer: where the ids of the marker tokens are read; that of `base` where it is an id or a folder. With
-                a model and no tokenizer the ids are the published ones, or those given in `fields`.
+            tokenizer: source of the marker token ids; that of `base` if it is an id or a folder. For a model without a
+                tokenizer the ids are the published ones, or those given in `fields`.
             fields: fields of [`QGSAConfig`], such as `max_tiles=2`.
 
-        Raises ValueError for a checkpoint of another architecture, naming it, or where a weight is without its place.
+        Raises ValueError for a checkpoint of another architecture, naming it, or if weights do not match.
         """
         dense, tokenizer = load_dense(base, tokenizer)
         config = config_of_dense(dense.config, tokenizer, **fields)
@@ -303,59 +237,49 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
-        visual_token_scores: torch.Tensor | None = None,
-        image_hidden_states: torch.Tensor | None = None,
-        lazy_tiles=None,
-        visual_cache: VisualCache | None = None,
-        gumbel_temperature: float | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
-        **kwargs,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[QGSAKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward over what the question selects.
 
-        In training mode the selection is relaxed (every tile is encoded, random budgets, a gate on the attention
-        keys, see [`QGSASmolVLMModel.relax_inputs`]); otherwise it is hard. Logits are those of the positions that are
-        left (`selection.keep_indices`, padded on the left), and labels follow them.
+        In training mode the selection is relaxed (every tile is encoded, budgets are random, and a gate acts on the
+        attention keys, see [`Relaxation`]); otherwise it is hard. Logits are those of the kept positions
+        (`selection.keep_indices`, padded on the left), and labels follow them.
 
-        Args (those that SmolVLM has not):
+        Args (in addition to SmolVLM's):
             question_mask: `(B, L)` bool or int, the tokens of the question; by default the last turn of the user.
             visual_token_scores: `(B, N)` float, scores of all visual tokens in prompt order that replace the
-                selector's. A tile's score is the highest of its tokens.
-            image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, in the place of
-                `pixel_values` where they are known; not for "dense".
-            lazy_tiles: what the processor gives with `lazy_tiles=True` beside the pixels of the global views: the
+                selector's. The score of a tile is the highest of its tokens.
+            image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of
+                `pixel_values`; not for "dense".
+            lazy_tiles: returned by the processor with `lazy_tiles=True` beside the pixels of the global views; the
                 other tiles are cut when they are looked at.
-            visual_cache: a [`VisualCache`] in which tiles are looked up, and what is new is kept; inference only.
+            visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
             gumbel_temperature: of the relaxed selection; `config.gumbel_temperature` by default.
             selection, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config for this call.
 
-        Raises ValueError where prompt, pixels, scores or budgets do not fit together, naming both numbers.
+        Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask,
             labels=labels,
             question_mask=question_mask,
-            visual_token_scores=visual_token_scores,
-            image_hidden_states=image_hidden_states,
-            lazy_tiles=lazy_tiles,
-            visual_cache=visual_cache,
-            gumbel_temperature=gumbel_temperature,
             selection=selection,
             **kwargs,
         )
@@ -383,24 +307,24 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the text model, also where the encoder has one of its own: what a checkpoint is loaded in again."""
+        """Dtype of the text model, even if the encoder has another one: the dtype in which a checkpoint is loaded."""
         return self.model.text_model.dtype
 
     def tune(self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None):
-        """Set what is a matter of the machine: the precision of the encoder, and how many tiles it takes at once.
+        """Set hardware-dependent options: the precision of the encoder, and how many tiles it encodes at once.
 
         On CPUs with bfloat16 instructions `model.tune(torch.bfloat16)` halves the time of the encoder; the text model
-        is left as it is. `training/benchmark.py` measures both. "dense" is then stock but for rounding. A saved
+        stays as it is. `training/benchmark.py` measures both. "dense" then equals stock up to rounding. A saved
         checkpoint is loaded again in the text model's dtype throughout, so tune after loading.
 
         Args:
-            vision_dtype: of encoder and connector, converted in place; None leaves it.
+            vision_dtype: dtype of encoder and connector, converted in place; None leaves it.
             tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it.
 
-        Returns the model. Raises ValueError where `tiles_per_step` is below 1.
+        Returns the model. Raises ValueError if `tiles_per_step` is less than 1.
         """
         if tiles_per_step is not None and not (isinstance(tiles_per_step, int) and tiles_per_step >= 1):
-            raise ValueError(f"tiles_per_step is {tiles_per_step}: it has to be at least 1")
+            raise ValueError(f"tiles_per_step ({tiles_per_step}) must be at least 1")
         if vision_dtype is not None:
             self.model.vision_model.to(vision_dtype)
             self.model.connector.to(vision_dtype)
@@ -409,91 +333,61 @@ class QGSASmolVLMForConditionalGeneration(AdvancingPositions, SmolVLMForConditio
         return self
 
     @torch.no_grad()
-    def select(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        question_mask: torch.Tensor | None = None,
-        visual_token_scores: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        lazy_tiles=None,
-        visual_cache: VisualCache | None = None,
-        **overrides,
-    ) -> QGSASelection:
-        """Select without answering; arguments as in `forward`. Raises ValueError for "dense", which keeps all."""
-        budget = Budget.of(self.config, **overrides)
-        if budget.selection == "dense":
-            raise ValueError('selection is "dense": there is nothing to select, choose one of the other variants')
-        prompt = Prompt.of(input_ids, attention_mask, position_ids, labels)
-        views = Views(pixel_values, pixel_attention_mask, None, lazy_tiles, visual_cache)
-        return self.model.select_inputs(budget, prompt, views, question_mask, visual_token_scores).selection
+    def select(self, **kwargs: Unpack[RequestKwargs]) -> QGSASelection:
+        """Select without answering; arguments as in `forward`.
+
+        Raises ValueError as `forward` does, and if there is nothing to select ("dense" keeps everything, or there are
+        no images); TypeError for an unknown argument.
+        """
+        rest: dict[str, Any] = {**kwargs}
+        request = Request.take(self.config, rest)
+        if rest:
+            raise TypeError(f"select() got unexpected arguments: {', '.join(rest)}")
+        request.check_selects()
+        return self.model.prefill(request).selection
 
     @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        question_mask: torch.Tensor | None = None,
-        visual_token_scores: torch.Tensor | None = None,
-        image_hidden_states: torch.Tensor | None = None,
-        lazy_tiles=None,
-        visual_cache: VisualCache | None = None,
-        selection: str | None = None,
-        **kwargs,
-    ):
+    def generate(self, inputs=None, input_ids=None, **kwargs):  # type: ignore[override]
         """Stock `generate` over what the question selects: returns prompt ids and new ids, as the stock model does.
 
         The selection is made once, before the prefill; with `return_dict_in_generate=True` the output carries it as
         `selection`. Arguments as in `forward` and in `GenerationMixin.generate`.
 
-        Raises ValueError as `forward` does, for image placeholders without an image, and for ways to decode that read
-        the whole prompt (assisted, prompt lookup, prefill in chunks), except for "dense".
+        Raises ValueError as `forward` does, for image placeholders without an image, and, except for "dense", for
+        decoding methods that read the whole prompt again (assisted, prompt lookup, prefill in chunks).
         """
-        input_ids = inputs if input_ids is None else input_ids
-        budget = Budget.of(self.config, selection=selection, **pop_budget(kwargs))
-        views = Views(pixel_values, pixel_attention_mask, image_hidden_states, lazy_tiles, visual_cache)
-        if budget.selection == "dense":
-            views.refuse_dense()
-        elif views.are_none and kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None:
-            refuse_placeholders(input_ids, self.config.image_token_id)
-        if views.are_none or kwargs.get("inputs_embeds") is not None or budget.selection == "dense":
-            given = {
-                "pixel_values": pixel_values,
-                "pixel_attention_mask": pixel_attention_mask,
-                "position_ids": position_ids,
-            }
-            given = {name: value for name, value in given.items() if value is not None}
-            return super().generate(input_ids, attention_mask=attention_mask, selection="dense", **given, **kwargs)
-        refuse_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
-        selected = self.model.select_inputs(
-            budget,
-            Prompt.of(input_ids, attention_mask, position_ids),
-            views,
-            question_mask,
-            visual_token_scores,
-        )
-        output = super().generate(
-            input_ids,
-            inputs_embeds=selected.inputs_embeds,
-            attention_mask=selected.attention_mask,
-            position_ids=selected.position_ids,
-            **kwargs,
+        kwargs["input_ids"] = inputs if input_ids is None else input_ids
+        request = Request.take(self.config, kwargs)
+        if not request.selects:
+            return self._generate_dense(request, kwargs)
+        check_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
+        prefill = self.model.prefill(request)
+        output = super().generate(  # type: ignore[misc]
+            request.stock["input_ids"], **prefill.text_inputs, **kwargs
         )
         if isinstance(output, ModelOutput):
-            output["selection"] = selected.selection
+            output["selection"] = prefill.selection
         return output
 
-    def _prepare_generated_length(self, *, model_input_name, input_ids_length, **kwargs):
-        # Lengths count the ids of the whole prompt, which are returned in front, and not what was kept of them.
+    def _generate_dense(self, request: Request, options: dict[str, Any]):
+        """Stock `generate`, over stock inputs."""
+        stock = {name: value for name, value in request.stock.items() if value is not None}
+        input_ids = stock.pop("input_ids", None)
+        continues = options.get("past_key_values") is not None or "inputs_embeds" in stock
+        if request.visual.missing and request.budget.selection != "dense" and not continues:
+            check_no_placeholders(input_ids, self.config.image_token_id)
+        return super().generate(input_ids, selection="dense", **stock, **options)  # type: ignore[misc]
+
+    def _prepare_generated_length(self, *, model_input_name, input_ids_length, **kwargs):  # type: ignore[override]
+        # Lengths count the ids of the whole prompt, which are returned in front, not only the kept positions.
         name = "input_ids" if input_ids_length else model_input_name
-        return super()._prepare_generated_length(model_input_name=name, input_ids_length=input_ids_length, **kwargs)
+        lengths = {"model_input_name": name, "input_ids_length": input_ids_length, **kwargs}
+        return super()._prepare_generated_length(**lengths)  # type: ignore[misc]
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("position_ids")
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return advance_positions(updated, given)
 
 
 __all__ = ["QGSASmolVLMForConditionalGeneration", "QGSASmolVLMModel"]

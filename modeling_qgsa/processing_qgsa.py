@@ -1,33 +1,45 @@
-"""Processor of QGSA-SmolVLM: that of Idefics3, with the question marked and the selection drawn."""
+"""Processor of QGSA-SmolVLM: that of Idefics3, plus the question mask and pictures of the selection."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
 
-from .generations_qgsa import image_options
-from .images_qgsa import has_images, images_of_samples, load_images, to_rgb
+from .compat_qgsa import image_processor_options
+from .images_qgsa import has_images, images_per_sample, load_images, to_rgb
+from .layout_qgsa import VisualLayout
 from .prompt_qgsa import find_question
-from .selection_qgsa import QGSASelection, read_layout
+from .selection_qgsa import QGSASelection
 from .tiles_qgsa import LazyImage, LazyTiles
 
 
-KEPT_FIELDS = ("kept_tokens", "kept_tiles", "grids", "image_sample")  # of a selection, to draw it
+DRAWN_FIELDS = ("kept_tokens", "kept_tiles", "grids", "image_sample")  # fields of a selection needed to draw it
 KEPT, ENCODED, GRID = (255, 140, 0), (40, 120, 255), (255, 255, 255)
 
 
+class MarkerIds(NamedTuple):
+    """Token ids by which the layout of a prompt is read, as in [`QGSAConfig`]."""
+
+    tokens_per_tile: int
+    image_token_id: int
+    global_image_token_id: int
+    tile_token_ids: list[int]
+
+
 class QGSAProcessor(Idefics3Processor):
-    """Prepares prompts and images as [`Idefics3Processor`] does, and adds `question_mask`.
+    """Prepares prompts and images like [`Idefics3Processor`], and adds `question_mask`.
 
-    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens of the last turn of the user: what the
-    selector reads.
+    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads, the last turn
+    of the user.
 
-    With `lazy_tiles=True` only the global views become pixels at once; the inputs then carry `lazy_tiles`, from which
-    the model cuts the tiles that it looks at, and no others.
+    With `lazy_tiles=True` only the global views are turned into pixels at once; the inputs then carry `lazy_tiles`,
+    from which the model cuts exactly the tiles that it looks at.
 
-    Raises ValueError for an image with a side below 4 px, sides further apart than 1 : 200, over 89 million pixels, or
-    more than 8 bits a channel; for other numbers of images than the prompts name, and an image whose question has no
-    word. Raises OSError for a file that cannot be read.
+    Raises ValueError for an image with a side of less than 4 px, an aspect ratio over 200, more than 89 million
+    pixels or more than 8 bits per channel; if the prompts name another number of images than are given; and if the
+    question about an image is empty. Raises OSError for a file that cannot be read.
     """
 
     _auto_class = "AutoProcessor"
@@ -42,7 +54,7 @@ class QGSAProcessor(Idefics3Processor):
             images = images if has_images(images) else None
         if images is None or text is None:
             return super().__call__(images=images, text=text, **kwargs)
-        images = images_of_samples(images, [prompt.count(self.image_token) for prompt in text])
+        images = images_per_sample(images, [prompt.count(self.image_token) for prompt in text])
         prepare = self.prepare_lazily if lazy_tiles else self.prepare_all
         inputs = prepare(images, text, **kwargs)
         masks = [
@@ -57,7 +69,7 @@ class QGSAProcessor(Idefics3Processor):
         return inputs
 
     def prepare_all(self, images, text, **kwargs) -> BatchFeature:
-        """The stock processor's inputs. Raises ValueError where the tokenizer cuts the prompt within an image."""
+        """The stock processor's inputs. Raises ValueError if truncation cuts the prompt within an image."""
         try:
             return super().__call__(images=images, text=text, **kwargs)
         except TypeError as error:
@@ -66,41 +78,41 @@ class QGSAProcessor(Idefics3Processor):
             raise
 
     def prepare_lazily(self, images, text, images_kwargs=None, text_kwargs=None, **kwargs) -> BatchFeature:
-        """The inputs with the pixels of the global views only, and `lazy_tiles` that cut the others on demand; of
-        the images of each sample, and as many prompts.
+        """Inputs with the pixels of the global views only, and `lazy_tiles` that cut the other tiles on demand.
 
-        Pixels are those of the image processor's PIL backend, whatever backend it has. Of the image processor's
-        options `size` and `do_image_splitting` are followed; all that it does not know is for the tokenizer.
+        Pixels are those of the image processor's PIL backend, whichever backend it has. Among the options of the image
+        processor, `size` and `do_image_splitting` are supported; options that it does not know go to the tokenizer.
+
+        Args:
+            images: the images of each sample, a list of lists.
+            text: as many prompts.
 
         Raises ValueError for any other option of the image processor.
         """
-        own, images_kwargs = self.image_processor, dict(images_kwargs or {})
-        known = image_options(own)
+        image_processor, images_kwargs = self.image_processor, dict(images_kwargs or {})
+        known = image_processor_options(image_processor)
         for name in [name for name in kwargs if name in known and name != "return_tensors"]:
             images_kwargs[name] = kwargs.pop(name)
-        longest_edge = (images_kwargs.pop("size", None) or own.size)["longest_edge"]
+        longest_edge = (images_kwargs.pop("size", None) or image_processor.size)["longest_edge"]
         split = images_kwargs.pop("do_image_splitting", None)
-        split = own.do_image_splitting if split is None else split
+        split = image_processor.do_image_splitting if split is None else split
         if images_kwargs:
-            raise ValueError(f"lazy_tiles follows size and do_image_splitting, not {', '.join(images_kwargs)}")
+            raise ValueError(f"lazy_tiles supports size and do_image_splitting, not {', '.join(images_kwargs)}")
+        tile, resample = image_processor.max_image_size["longest_edge"], image_processor.resample
         text = list(text)
         samples = [
-            [
-                LazyImage(to_rgb(image), longest_edge, own.max_image_size["longest_edge"], split, own.resample)
-                for image in sample
-            ]
-            for sample in images
+            [LazyImage(to_rgb(image), longest_edge, tile, split, resample) for image in sample] for sample in images
         ]
         for number, sample in enumerate(samples):
             between = text[number].split(self.image_token)
             shown = [self.image_prompt(*image.grid) for image in sample]
             text[number] = between[0] + "".join(image + words for image, words in zip(shown, between[1:]))
-        tiles = LazyTiles(samples, own)
+        tiles = LazyTiles(samples, image_processor)
         inputs = self.tokenizer(text, **kwargs, **(text_kwargs or {}))
         return BatchFeature({**inputs, "pixel_values": tiles.global_views(), "lazy_tiles": tiles})
 
     def image_prompt(self, rows: int, columns: int) -> str:
-        """The text of an image of `rows` x `columns` tiles; 0 x 0 is a single tile, its own global view."""
+        """The placeholders of an image with `rows` x `columns` tiles; 0 x 0 is a single tile, its own global view."""
         tokens, lines = self.image_token * self.image_seq_len, ""
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):
@@ -109,11 +121,10 @@ class QGSAProcessor(Idefics3Processor):
         separator = "\n" if rows else ""
         return f"{lines}{separator}{self.fake_image_token}{self.global_image_tag}{tokens}{self.fake_image_token}"
 
-    def mask_question(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
-        """1 on the tokens of the question, 0 elsewhere; all `(L,)`. Raises ValueError for images without one."""
-        layout = read_layout(
-            input_ids[None], self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids
-        )
+    def mask_question(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """1 on the tokens of the question, 0 elsewhere, `(L,)`. Raises ValueError for images without a question."""
+        markers = MarkerIds(self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids)
+        layout = VisualLayout.of(markers, input_ids[None])
         readable = (layout.tile_of_position < 0) & attention_mask[None].bool()
         end_of_utterance = self.tokenizer.convert_tokens_to_ids(self.end_of_utterance_token)
         while True:
@@ -121,38 +132,37 @@ class QGSAProcessor(Idefics3Processor):
             words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip()
             if not words.startswith("Assistant:"):
                 break
-            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as the one to be learnt: look before it
+            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as the label in training: look before it
         words = words.removeprefix("User:")
         if len(layout.grids) and not words.strip():
-            raise ValueError(
-                f"text asks nothing: 0 words beside {len(layout.grids)} images, and it is the question that selects"
-            )
+            raise ValueError(f"text: the prompt has {len(layout.grids)} images but no question to select by")
         return mask.long()
 
     def draw_selection(self, image, selection: QGSASelection, index: int = 0) -> Image.Image:
-        """Draw what was kept for this question: kept regions in colour, the rest grey, the tile grid on top.
+        """Draw a selection: kept regions in colour, the rest grey, the tile grid on top.
 
-        Encoded tiles are outlined in blue and kept tokens of theirs in orange. What was kept of the global view covers
-        the image coarsely; it keeps its colour without an outline.
+        Encoded tiles are outlined in blue, their kept tokens in orange. Kept tokens of the global view cover the image
+        coarsely; these regions keep their colour without an outline.
 
         Args:
-            image: what the processor was given (PIL image, path, URL or array).
-            selection: what `model.select` returned.
+            image: the image given to the processor (PIL image, path, URL or array).
+            selection: the result of `model.select`.
             index: number of the image in the batch, in prompt order.
 
-        Returns an RGB image of the same size. Raises ValueError where `index` is beyond the selection's images, or the
-        image cannot be one of them, and TypeError for what is no image or selection.
+        Returns an RGB image of the same size. Raises ValueError if `index` exceeds the selection's images or the image
+        cannot be one of them, TypeError if an argument is not an image or a selection.
         """
-        # By name: the code of a checkpoint is a copy of this.
-        whole = type(selection).__name__ == "QGSASelection" and set(KEPT_FIELDS) <= set(selection)
+        # By name: a checkpoint's code is a copy of this code.
+        whole = type(selection).__name__ == "QGSASelection" and set(DRAWN_FIELDS) <= set(selection)
         if not whole:
-            raise TypeError(f"selection is a {type(selection).__name__}: give what `model.select` returns")
-        if not isinstance(index, int) or not 0 <= index < len(selection.grids):
-            raise ValueError(f"index is {index!r}: the selection holds {len(selection.grids)} images")
+            raise TypeError(f"selection ({type(selection).__name__}) must be the result of `model.select`")
+        grids = selection["grids"]
+        if not isinstance(index, int) or not 0 <= index < len(grids):
+            raise ValueError(f"index ({index!r}) must be below the number of images in the selection ({len(grids)})")
         if image is None or isinstance(image, list | tuple):
-            raise TypeError(f"image is a {type(image).__name__}: give the one image of that number")
+            raise TypeError(f"image ({type(image).__name__}) must be the single image with that index")
         image = to_rgb(load_images(image))
-        check_grid(*selection.grids[index].tolist(), *image.size)
+        check_grid(*grids[index].tolist(), *image.size)
         tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
         colour = np.asarray(image)
         grey = np.asarray(image.convert("L").convert("RGB")) // 2 + 96
@@ -166,52 +176,52 @@ class QGSAProcessor(Idefics3Processor):
 
 
 def check_grid(rows: int, columns: int, width: int, height: int):
-    """Raise ValueError where an image of these sides would not be cut into such a grid, give or take a tile."""
+    """Raise ValueError if an image of this size would not be cut into such a grid, give or take a tile."""
     tall = height / width
     apart = rows - columns * tall if rows <= columns else columns - rows / tall
     if rows and abs(apart) >= 2:
         raise ValueError(
-            f"the selection is of an image of {rows} x {columns} tiles, this one has {width} x {height} px: is it "
-            "another one?"
+            f"the selection belongs to an image of {rows} x {columns} tiles, this one has {width} x {height} px: is "
+            "it another image?"
         )
 
 
 def check_edges(options: dict):
-    """Raise ValueError unless each size among the options of the image processor names a longest edge in px."""
+    """Raise ValueError unless each size among the image processor options gives a longest edge in px."""
     for name in ("size", "max_image_size"):
         size = options.get(name)
         edge = size.get("longest_edge") if isinstance(size, dict) else size
         if size is not None and (not isinstance(size, dict) or not isinstance(edge, int) or edge < 1):
-            raise ValueError(f'{name} is {size!r}: it has to be {{"longest_edge": px}}')
+            raise ValueError(f'{name} ({size!r}) must be {{"longest_edge": px}}')
 
 
 def check_text(text) -> list[str]:
-    """The prompts as a list. Raises TypeError for what is no text, and ValueError where there is none."""
+    """The prompts as a list. Raises TypeError if they are not strings, ValueError if there are none."""
     prompts = [text] if isinstance(text, str) else text
     if not isinstance(prompts, list | tuple | np.ndarray) or not all(isinstance(each, str) for each in prompts):
-        raise TypeError(f"text is a {type(text).__name__}: it has to be a string or a list of strings")
+        raise TypeError(f"text ({type(text).__name__}) must be a string or a list of strings")
     if not len(prompts):
-        raise ValueError("text is an empty list: there is no prompt")
+        raise ValueError("text (an empty list) must hold at least one prompt")
     return list(prompts)
 
 
 def kept_maps(selection: QGSASelection, index: int, tokens_per_tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What was kept of one image, as maps over it.
+    """The selection of one image as maps over it.
 
-    Returns `(tiles, glance, encoded)`, bool: high-resolution tokens kept, `(rows * side, columns * side)`; the kept
-    tokens of the global view on the same cells; and the tiles encoded, `(rows, columns)`. A single tile is its own
-    global view.
+    Returns `(tiles, glance, encoded)`, all bool: the kept high-resolution tokens, `(rows * side, columns * side)`; the
+    kept tokens of the global view on the same cells; and the encoded tiles, `(rows, columns)`. A single tile is its
+    own global view.
     """
-    side = round(tokens_per_tile**0.5)
-    sample = int(selection.image_sample[index])
-    first_image = int((selection.image_sample[:index] == sample).sum())
-    of_sample = selection.grids[selection.image_sample == sample].prod(1) + 1
-    start = int(of_sample[:first_image].sum())
-    rows, columns = selection.grids[index].tolist()
+    kept_tokens, kept_tiles, grids, image_sample = (selection[name] for name in DRAWN_FIELDS)
+    side, sample = round(tokens_per_tile**0.5), int(image_sample[index])
+    first_image = int((image_sample[:index] == sample).sum())
+    tiles_per_image = grids[image_sample == sample].prod(1) + 1
+    start = int(tiles_per_image[:first_image].sum())
+    rows, columns = grids[index].tolist()
     count = rows * columns
 
-    kept = selection.kept_tokens[sample].view(-1, side, side)[start : start + count + 1].cpu().numpy()
-    encoded = selection.kept_tiles[sample, start : start + count].cpu().numpy().reshape(rows, columns)
+    kept = kept_tokens[sample].view(-1, side, side)[start : start + count + 1].cpu().numpy()
+    encoded = kept_tiles[sample, start : start + count].cpu().numpy().reshape(rows, columns)
     if count == 0:
         return np.zeros_like(kept[0]), kept[0], encoded
     tiles = kept[:-1].reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
@@ -219,17 +229,19 @@ def kept_maps(selection: QGSASelection, index: int, tokens_per_tile: int) -> tup
 
 
 def scale_to(cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scale a bool map to `size` (width, height) by its nearest cells."""
+    """Scale a bool map to `size` (width, height) by nearest neighbour."""
     return np.asarray(Image.fromarray(cells.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
 
 
 def draw_cells(draw: ImageDraw.ImageDraw, cells: np.ndarray, size: tuple[int, int], colour, width: int):
-    """Outline the cells that are True of a map that covers an image of `size` (width, height)."""
+    """Outline the True cells of a map that covers an image of `size` (width, height)."""
     rows, columns = cells.shape
     for row, column in np.argwhere(cells):
         x, y = size[0] * column // columns, size[1] * row // rows
         right, bottom = size[0] * (column + 1) // columns - 1, size[1] * (row + 1) // rows - 1
-        draw.rectangle((x, y, max(x, right), max(y, bottom)), outline=colour, width=width)  # a cell may be below 1 px
+        draw.rectangle(
+            (x, y, max(x, right), max(y, bottom)), outline=colour, width=width
+        )  # a cell may be smaller than 1 px
 
 
 __all__ = ["QGSAProcessor"]

@@ -1,60 +1,93 @@
-"""The prefill in training, with a relaxed selection. Sizes as in `selection_qgsa`."""
+"""The relaxed selection of training: random budgets, and a gate on the attention keys instead of top-k.
+
+Sizes as in `layout_qgsa`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
-from .configuration_qgsa import Budget
-from .prompt_qgsa import Prompt
-from .selection_qgsa import (
-    SelectedInputs,
-    describe_selection,
-    gated_attention_mask,
-    gates_of_positions,
-    positions_to_keep,
-    rank_tokens,
-    relaxed_top_k,
-    splice,
-    to_tiles,
-)
-from .vision_qgsa import Views
+from .layout_qgsa import VisualLayout
+from .selection_qgsa import rank_per_image
 
 
-class RelaxedPrefill:
-    """What [`QGSASmolVLMModel`] does in training in the place of `select_inputs`, with the same steps."""
+@dataclass(frozen=True)
+class Relaxation:
+    """How a selection is relaxed, so that the gradient of the answer reaches the selector.
 
-    def relax_inputs(
-        self, budget: Budget, prompt: Prompt, views: Views, question_mask=None, temperature=1.0
-    ) -> SelectedInputs:
-        """The prefill in training: random budgets, and a gate on the attention keys in the place of top-k.
+    Each image gets a random budget between its minimum and maximum, so that the text model learns to read all of them.
+    The tokens that are looked at are all spliced, and each is gated by the relaxed selection of k of them.
 
-        Each image gets a budget between its minimum and maximum, so that the text model learns to read all of them.
-        The tokens of its m most relevant tiles are spliced, and each is gated by the relaxed selection of k:
-        gradients of the answer reach the selector through the gates. All tiles are encoded, for the teachers. The
-        selection that is reported is the hard one that the same scores make.
+    Args:
+        temperature: of the gates; they become hard as it falls to 0.
+    """
+
+    temperature: float
+
+    def complexity(self, estimated: torch.Tensor) -> torch.Tensor:
+        """Random complexities, `(I,)` in 0 .. 1, that replace the `estimated` ones."""
+        return torch.rand_like(estimated)
+
+    def log_gates(
+        self, scores: torch.Tensor, looked: torch.Tensor, layout: VisualLayout, k: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-gates of all positions, `(B, L)`, of a relaxed selection of `k` `(I,)` among the tokens `looked` at.
+
+        Args:
+            scores: `(T, P)` float.
+            looked: `(T, P)` bool.
         """
-        glance = self.glance_and_point(prompt, views, question_mask)
-        layout, (m, k) = glance.layout, budget.resolve(torch.rand_like(glance.complexity))
-        looked = self.choose(budget.selection, glance, m, k)
-        every, tiles = torch.ones_like(looked), looked.any(1)
-        if budget.selection == "blocks":  # whole tiles are for the teachers then
-            with torch.no_grad():
-                features = self.look(glance, views, every)
-            seen = self.look(glance, views, looked)
-        else:
-            features = self.look(glance, views, every)
-            seen = features[tiles]
-        scores = self.score_tokens(glance, seen, tiles)
-        kept = self.keep(glance, scores, looked, k)
-        everywhere = scores.new_zeros(looked.shape).index_put((tiles,), scores)
-        gates = to_tiles(relaxed_top_k(*rank_tokens(everywhere, looked, layout), k, temperature), layout)
+        relaxed = partial(relaxed_top_k, temperature=self.temperature)
+        return gates_of_positions(rank_per_image(relaxed, scores, looked, layout, k), layout)
 
-        embeds = self.embed(prompt.input_ids, layout, seen, tiles)
-        (embeds, mask, positions, log_gates), keep_indices = splice(
-            positions_to_keep(prompt.attention_mask, layout, looked),
-            (embeds, 0.0),
-            (prompt.attention_mask, 0),
-            (prompt.position_ids, 0),
-            (gates_of_positions(gates, layout).to(embeds.dtype), 0.0),
-        )
-        mask = gated_attention_mask(mask, log_gates)
-        selection = describe_selection(layout, kept, tiles, glance.relevance, glance.complexity, keep_indices)
-        return SelectedInputs(embeds, mask, positions, selection, glance, features)
+
+def relaxed_top_k(
+    scores: torch.Tensor, candidates: torch.Tensor, k: torch.Tensor, temperature: float, noise: bool = True
+) -> torch.Tensor:
+    """Log-gates of a relaxed top-k: Gumbel noise on the scores, then a sigmoid around the k-th of them.
+
+    As `temperature` falls, the gates go to 1 for the `k` best and to 0 for the rest (QGSA's Gumbel-Softmax selector in
+    its top-k form; Jang et al. 2017). Shapes as in `keep_top_k`; k is at least 1.
+
+    Returns log g, `(rows, n)`, at most 0; 0 for everything that is not a candidate.
+    """
+    if noise:
+        uniform = torch.rand_like(scores, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+        scores = scores - torch.log(-torch.log(uniform)).to(scores.dtype)
+    ordered = scores.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True).values
+    count = candidates.sum(1)
+    last = ordered.gather(1, (k - 1)[:, None].clamp(max=ordered.shape[1] - 1))
+    following = ordered.gather(1, k[:, None].clamp(max=ordered.shape[1] - 1))
+    gates = nn.functional.logsigmoid((scores - (last + following) / 2) / temperature)
+    return gates.masked_fill(~candidates | (k >= count)[:, None], 0.0)
+
+
+def gates_of_positions(gates: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """Log-gates of all positions, `(B, L)`, from those of the visual tokens, `(T, P)`.
+
+    The markers of a tile are as open as its most open token, since they go with the last token kept; text and the
+    markers of global views stay, with a log-gate of 0.
+    """
+    markers = torch.where(layout.is_global, 0.0, gates.amax(1))
+    positions = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
+    return positions.index_put((layout.tile_sample[:, None], layout.token_positions), gates)
+
+
+def gated_attention_mask(attention_mask: torch.Tensor, log_gates: torch.Tensor) -> torch.Tensor:
+    """Causal mask with an additive `log g` on the keys, `(B, 1, L, L)`.
+
+    The gate is on the keys because RMSNorm would divide a scale of the embeddings straight out again.
+
+    Args:
+        attention_mask: `(B, L)`, 1 for tokens and 0 for padding.
+        log_gates: `(B, L)` float, at most 0.
+    """
+    length = log_gates.shape[1]
+    lowest = torch.finfo(log_gates.dtype).min
+    causal = torch.ones(length, length, dtype=torch.bool, device=log_gates.device).tril()
+    allowed = causal & attention_mask.bool()[:, None, None, :]
+    # A padding row may see itself: some kernels turn a row that sees nothing into NaN.
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=log_gates.device)
+    return torch.where(allowed, log_gates[:, None, None, :], lowest)

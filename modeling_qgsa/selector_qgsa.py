@@ -1,22 +1,22 @@
-"""The two small modules of question-guided selection: what makes the scores, and what sets the budget."""
+"""The two trained modules of question-guided selection: one scores places and tokens, one sets the budget."""
 
 import torch
 from torch import nn
 
-from .generations_qgsa import initialization as init
+from .compat_qgsa import initialization as init
 from .selection_qgsa import splice
 
 
 class QuestionGuidedSelector(nn.Module):
     """Scores every place of an image from its glance and the question (QGSA, section 3).
 
-    A small transformer reads the cells of the glance and the words of the question together; it tells which cells are
-    relevant, and which words the visual tokens are to be matched with.
+    A small transformer reads the cells of the glance and the words of the question together; it predicts which cells
+    are relevant, and with which words the visual tokens should be matched.
 
     Args:
-        width: D of the text model, whose embeddings and connector features it reads.
-        cells: C, cells of the glance.
-        hidden_size, layers, heads, max_question_tokens: its own size.
+        width: D of the text model, whose word embeddings and connector features it reads.
+        cells: C, the number of cells of the glance.
+        hidden_size, layers, heads, max_question_tokens: as in [`QGSAConfig`].
     """
 
     def __init__(self, width: int, cells: int, hidden_size: int, layers: int, heads: int, max_question_tokens: int):
@@ -43,9 +43,9 @@ class QuestionGuidedSelector(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Start from what is seen and asked: places count nothing yet, and words match the tokens that are like them.
+        """Start from content alone: places count for nothing yet, and words match the tokens that resemble them.
 
-        With positions as large as the rest, the selector learns where things used to be before it reads the question.
+        With larger initial positions, the selector learns where things usually are before it reads the question.
         """
         init.zeros_(self.cell_position)
         init.zeros_(self.word_position)
@@ -57,17 +57,17 @@ class QuestionGuidedSelector(nn.Module):
         init.zeros_(self.word_weight.weight)
 
     def forward(
-        self, question: torch.Tensor, question_mask: torch.BoolTensor, glance: torch.Tensor
+        self, question: torch.Tensor, question_mask: torch.Tensor, glance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Point.
+        """Predict the relevant cells and summarize the question.
 
         Args:
             question: `(I, Q, D)` word embeddings, padded anywhere.
             question_mask: `(I, Q)` bool.
-            glance: `(I, C, D)` features of the encoded global view.
+            glance: `(I, C, D)`, features of the encoded global view.
 
-        Returns `(relevance, question_state)`: log-probabilities of the cells `(I, C)` float32, and the words of the
-        question, normed and weighed, `(I, D)`.
+        Returns `(relevance, question_state)`: log-probabilities of the cells, `(I, C)` float32, and the weighted mean
+        of the question's normalised word embeddings, `(I, D)`.
         """
         (question,), indices = splice(question_mask, (question, 0.0))
         question, indices = question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :]
@@ -91,9 +91,9 @@ class QuestionGuidedSelector(nn.Module):
         """How well visual tokens match the question, `(n, P)` float32.
 
         Args:
-            question_state: `(n, D)`, the question of each tile.
+            question_state: `(n, D)`, the question of each tile's image.
             features: `(n, P, D)`, the tokens as the text model gets them.
-            is_global: `(n,)` bool; glances and tiles are matched by keys of their own.
+            is_global: `(n,)` bool; global views and tiles have separate keys.
         """
         tile_query, glance_query = self.query(question_state)[:, None].chunk(2, dim=-1)
         features = self.glance_norm(features)
@@ -106,14 +106,15 @@ class QuestionGuidedSelector(nn.Module):
 
 
 class ComplexityEstimator(nn.Module):
-    """How much of an image a question needs, from its words and the glance (adaptive sparsity, QGSA).
+    """Predicts how much of an image a question needs, from its words and the glance (adaptive sparsity, QGSA).
 
-    It tells how likely each of some complexities, evenly spaced from 0 to 1, is to be the lowest that suffices: what
-    suffices differs between questions that look alike, and a mean would serve none of them.
+    It predicts the probability of each of several complexities, evenly spaced from 0 to 1, to be the lowest that
+    suffices: similar questions can need different budgets, and a mean would serve none of them.
 
     Args:
-        width: D of the text model, whose embeddings and connector features it reads.
-        hidden_size, levels: its own size, and how many complexities it tells apart.
+        width: D of the text model, whose word embeddings and connector features it reads.
+        hidden_size: width of its hidden layer.
+        levels: number of complexities that it distinguishes.
     """
 
     def __init__(self, width: int, hidden_size: int, levels: int):
@@ -122,8 +123,8 @@ class ComplexityEstimator(nn.Module):
         self.glance_norm = nn.LayerNorm(width)
         self.network = nn.Sequential(nn.Linear(2 * width, hidden_size), nn.GELU(), nn.Linear(hidden_size, levels))
 
-    def forward(self, question: torch.Tensor, question_mask: torch.BoolTensor, glance: torch.Tensor) -> torch.Tensor:
-        """Logits of the levels, `(I, levels)` float32; arguments as in `QuestionGuidedSelector.forward`."""
+    def forward(self, question: torch.Tensor, question_mask: torch.Tensor, glance: torch.Tensor) -> torch.Tensor:
+        """Logits of the levels, `(I, levels)` float32; arguments as for `QuestionGuidedSelector.forward`."""
         present = question_mask[..., None].to(question.dtype)
         words = (question * present).sum(1) / present.sum(1)
         pooled = torch.cat([self.question_norm(words), self.glance_norm(glance.mean(1))], dim=-1)

@@ -1,4 +1,4 @@
-"""Images whose tiles are cut when somebody asks for them, each pixel as the stock image processor makes it."""
+"""Images whose tiles are cut on demand, with exactly the pixels of the stock image processor."""
 
 import hashlib
 import math
@@ -10,18 +10,18 @@ from PIL import Image
 from transformers.image_transforms import normalize, rescale
 
 
-MAX_SIDE = 4096  # px; the stock image processor scales no image beyond it
+MAX_SIDE = 4096  # px; the largest side that the stock image processor scales to
 
 
 class LazyImage:
-    """An image scaled as the stock image processor scales it, and cut one tile at a time.
+    """An image scaled like the stock image processor does, and cut one tile at a time.
 
     Args:
         image: PIL, RGB.
-        longest_edge: px that its longer side is scaled to, `size["longest_edge"]` of the image processor.
-        tile: px of a tile's side, `max_image_size["longest_edge"]`.
-        split: whether there are tiles beside the global view.
-        resample: filter of all resizing.
+        longest_edge: target size of the longer side in px, `size["longest_edge"]` of the image processor.
+        tile: tile size in px, `max_image_size["longest_edge"]`.
+        split: whether there are tiles in addition to the global view.
+        resample: filter for all resizing.
     """
 
     def __init__(self, image: Image.Image, longest_edge: int, tile: int, split: bool, resample: int):
@@ -35,17 +35,17 @@ class LazyImage:
 
     @cached_property
     def digest(self) -> str:
-        """What tells the image from others, and from itself cut in another way."""
+        """Identity of the image and of the way in which it is cut."""
         settings = str((self.image.size, self.tile, self.grid, self.resample))
         return hashlib.sha256(self.image.tobytes() + settings.encode()).hexdigest()
 
     @property
     def last(self) -> int:
-        """Number of the global view, which stands behind the tiles."""
+        """Number of the global view, which comes after the tiles."""
         return math.prod(self.grid)
 
     def cut(self, number: int) -> np.ndarray:
-        """Pixels of tile `number`, row by row and the global view last: `(3, tile, tile)` uint8."""
+        """Pixels of tile `number`, `(3, tile, tile)` uint8; tiles are numbered row by row, the global view last."""
         columns = self.grid[1]
         if number == self.last:
             view = self.image
@@ -58,11 +58,11 @@ class LazyImage:
 
 
 class LazyTiles:
-    """The tiles of a batch's images, made of pixels only when the model asks for them.
+    """The tiles of a batch, turned into pixels only when the model asks for them.
 
     Args:
         samples: the images of each sample.
-        image_processor: whose `rescale_factor`, `image_mean` and `image_std` the pixels get.
+        image_processor: source of `rescale_factor`, `image_mean` and `image_std`.
     """
 
     def __init__(self, samples: list[list[LazyImage]], image_processor):
@@ -71,40 +71,42 @@ class LazyTiles:
 
     @property
     def counts(self) -> list[int]:
-        """Tiles of each sample, global views included."""
+        """Number of tiles per sample, global views included."""
         return [len(tiles) for tiles in self.tiles]
 
     def cut(self, samples: list[int], ordinals: list[int]) -> torch.Tensor:
-        """Pixels of some tiles, each by its sample and its number therein: `(n, 3, tile, tile)` float32."""
+        """Pixels of the tiles at `ordinals` within `samples`, `(n, 3, tile, tile)` float32."""
         views = [image.cut(number) for image, number in (self.tiles[s][o] for s, o in zip(samples, ordinals))]
         return torch.from_numpy(np.stack([self.to_floats(view) for view in views]))
 
     def global_views(self) -> torch.Tensor:
-        """Pixels of the global views, `(B, images, 3, tile, tile)` float32; zeros where a sample has fewer images."""
+        """Pixels of the global views, `(B, images, 3, tile, tile)` float32; zeros for samples with fewer images."""
         places = [
             (s, o) for s, tiles in enumerate(self.tiles) for o, (image, n) in enumerate(tiles) if n == image.last
         ]
         counts = [sum(sample == s for sample, _ in places) for s in range(len(self.tiles))]
-        return torch.nn.utils.rnn.pad_sequence(self.cut(*zip(*places)).split(counts), batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(
+            self.cut([s for s, _ in places], [o for _, o in places]).split(counts), batch_first=True
+        )
 
     def to_floats(self, pixels: np.ndarray) -> np.ndarray:
-        own = self.image_processor
-        if own.do_rescale:
-            pixels = rescale(pixels, own.rescale_factor, input_data_format="channels_first")
-        if own.do_normalize:
-            pixels = normalize(pixels, own.image_mean, own.image_std, input_data_format="channels_first")
+        source = self.image_processor
+        if source.do_rescale:
+            pixels = rescale(pixels, source.rescale_factor, input_data_format="channels_first")
+        if source.do_normalize:
+            pixels = normalize(pixels, source.image_mean, source.image_std, input_data_format="channels_first")
         return pixels.astype(np.float32)
 
     def key(self, sample: int, ordinal: int) -> tuple:
-        """What tells a tile from those of all other images."""
+        """Identity of a tile: its image, its number and the scale of its pixels."""
         image, number = self.tiles[sample][ordinal]
-        own = self.image_processor
-        scale = (own.do_rescale, own.rescale_factor, own.do_normalize, *own.image_mean, *own.image_std)
+        source = self.image_processor
+        scale = (source.do_rescale, source.rescale_factor, source.do_normalize, *source.image_mean, *source.image_std)
         return image.digest, number, scale
 
 
 def scaled_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
-    """(width, height) of an image scaled to `longest_edge`, its shorter side even, as the stock processor rounds."""
+    """(width, height) of an image scaled to `longest_edge`, with an even shorter side, as in the stock processor."""
     aspect = width / height
     if width >= height:
         width, height = longest_edge, int(longest_edge / aspect)
@@ -120,7 +122,7 @@ def scaled_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
 
 
 def size_in_tiles(width: int, height: int, tile: int) -> tuple[int, int]:
-    """(width, height) rounded up to whole tiles, the longer side first, as the stock processor does."""
+    """(width, height) rounded up to whole tiles, the longer side first, as in the stock processor."""
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 import modeling_qgsa
 from modeling_qgsa import QGSAConfig, configuration_qgsa, processing_qgsa
 from modeling_qgsa import modeling_qgsa as modeling
-from modeling_qgsa.modeling_qgsa import Budget
+from modeling_qgsa.configuration_qgsa import Budget
 
 
 @pytest.fixture
@@ -74,26 +75,32 @@ def test_default_markers_are_those_of_the_published_tokenizer():
     [
         (
             {"selection": "everything"},
-            "selection is 'everything': choose from before_encoder, after_encoder, blocks, dense",
+            "selection ('everything'): choose from before_encoder, after_encoder, blocks, dense",
         ),
-        ({"min_visual_tokens": 65, "max_visual_tokens": 64}, "min_visual_tokens 65 is above max_visual_tokens 64"),
-        ({"min_tiles": 5, "max_tiles": 4}, "min_tiles 5 is above max_tiles 4"),
-        ({"min_visual_tokens": 0}, "min_visual_tokens is 0: it has to be at least 1"),
-        ({"min_tiles": -1}, "min_tiles is -1: it has to be at least 0"),
-        ({"max_tiles": -1}, "min_tiles 0 is above max_tiles -1"),
+        (
+            {"min_visual_tokens": 65, "max_visual_tokens": 64},
+            "min_visual_tokens (65) must not exceed max_visual_tokens (64)",
+        ),
+        ({"min_tiles": 5, "max_tiles": 4}, "min_tiles (5) must not exceed max_tiles (4)"),
+        ({"min_visual_tokens": 0}, "min_visual_tokens (0) must be at least 1"),
+        ({"min_tiles": -1}, "min_tiles (-1) must be at least 0"),
+        ({"max_tiles": -1}, "min_tiles (0) must not exceed max_tiles (-1)"),
         ({"max_tiles": "4"}, "max_tiles"),
-        ({"selector_hidden_size": 30, "selector_heads": 4}, "30 is no multiple of selector_heads 4"),
-        ({"selector_layers": 0}, "selector_layers is 0"),
-        ({"max_question_tokens": 0}, "max_question_tokens is 0"),
-        ({"gumbel_temperature": 0.0}, "gumbel_temperature is 0.0"),
-        ({"complexity_levels": 1}, "complexity_levels is 1: it has to be at least 2"),
-        ({"complexity_quantile": 0}, "complexity_quantile is 0: it has to be above 0 and at most 1"),
-        ({"complexity_quantile": 1.5}, "complexity_quantile is 1.5"),
-        ({"tile_token_ids": [1, 2, 3]}, "tile_token_ids holds 3 ids: 6 rows of 6 columns make 36"),
+        (
+            {"selector_hidden_size": 30, "selector_heads": 4},
+            "selector_hidden_size (30) must be a multiple of selector_heads (4)",
+        ),
+        ({"selector_layers": 0}, "selector_layers (0)"),
+        ({"max_question_tokens": 0}, "max_question_tokens (0)"),
+        ({"gumbel_temperature": 0.0}, "gumbel_temperature (0.0)"),
+        ({"complexity_levels": 1}, "complexity_levels (1) must be at least 2"),
+        ({"complexity_quantile": 0}, "complexity_quantile (0) must be in (0, 1]"),
+        ({"complexity_quantile": 1.5}, "complexity_quantile (1.5)"),
+        ({"tile_token_ids": [1, 2, 3]}, "tile_token_ids (3 ids) must hold 36: 6 rows of 6 columns"),
     ],
 )
 def test_a_field_out_of_its_range_is_named(model, fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises(StrictDataclassError, match=re.escape(message)):
         QGSAConfig.from_dict(model.config.to_dict() | fields)
 
 
@@ -105,20 +112,20 @@ def test_overrides_replace_what_is_configured_and_none_does_not(config):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"selection": "all"}, "selection is 'all'"),
-        ({"min_tiles": 9}, "min_tiles 9 is above max_tiles 4"),
-        ({"max_visual_tokens": 7}, "min_visual_tokens 8 is above max_visual_tokens 7"),
-        ({"min_visual_tokens": -3}, "min_visual_tokens is -3"),
+        ({"selection": "all"}, "selection ('all')"),
+        ({"min_tiles": 9}, "min_tiles (9) must not exceed max_tiles (4)"),
+        ({"max_visual_tokens": 7}, "min_visual_tokens (8) must not exceed max_visual_tokens (7)"),
+        ({"min_visual_tokens": -3}, "min_visual_tokens (-3)"),
     ],
 )
 def test_an_override_out_of_range_is_named(config, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Budget.of(config, **overrides)
 
 
 def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):
     config.max_tiles = -2
-    with pytest.raises(ValueError, match="min_tiles 0 is above max_tiles -2"):
+    with pytest.raises(ValueError, match=re.escape("min_tiles (0) must not exceed max_tiles (-2)")):
         Budget.of(config)
 
 
@@ -127,3 +134,15 @@ def test_complexity_moves_the_budget_from_the_minimum_to_the_maximum():
     m, k = budget.resolve(torch.tensor([0.0, 0.25, 1.0]))
     assert m.tolist() == [1, 2, 5] and k.tolist() == [8, 16, 40]
     assert m.dtype == k.dtype == torch.int64
+
+
+def test_a_saved_configuration_names_the_version_that_wrote_it(tmp_path, model):
+    model.config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["qgsa_version"] == modeling_qgsa.__version__
+    path.write_text(json.dumps(saved | {"qgsa_version": "0.0.1"}))
+    assert QGSAConfig.from_pretrained(tmp_path).to_dict()["qgsa_version"] == modeling_qgsa.__version__
+    del saved["qgsa_version"]  # as every checkpoint before 0.2 was saved
+    path.write_text(json.dumps(saved))
+    assert QGSAConfig.from_pretrained(tmp_path).to_dict() == QGSAConfig.from_dict(saved).to_dict()

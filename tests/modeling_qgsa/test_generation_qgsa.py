@@ -235,7 +235,7 @@ def test_embeddings_beside_their_ids_are_answered(model, single):
     given = {"input_ids": single["input_ids"], "attention_mask": single["attention_mask"]}
     ids = model.generate(**given, inputs_embeds=embeds, max_new_tokens=3)
     assert torch.equal(ids[:, :-3], single["input_ids"])
-    with pytest.raises(ValueError, match="272 image placeholders, and there are no pixel_values"):
+    with pytest.raises(ValueError, match="272 image placeholders, but pixel_values is missing"):
         model.generate(**given, max_new_tokens=3)
 
 

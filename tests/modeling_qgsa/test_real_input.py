@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.conversion_qgsa import marker_ids
-from modeling_qgsa.selection_qgsa import read_layout
+from modeling_qgsa.layout_qgsa import VisualLayout
 from training.data.collator import QuestionCollator
 from training.data.vqa_rad import load_vqa_rad
 
@@ -59,10 +59,7 @@ def test_the_defaults_of_the_config_are_the_published_ids(real_processor):
 
 def test_the_layout_of_a_real_prompt(small, inputs):
     assert small.config.tokens_per_tile == 64
-    config = QGSAConfig()
-    layout = read_layout(
-        inputs["input_ids"], 64, config.image_token_id, config.global_image_token_id, config.tile_token_ids
-    )
+    layout = VisualLayout.of(small.config, inputs["input_ids"])
     rows, columns = layout.grids[0].tolist()
     assert 1 < rows * columns <= 16
     assert len(layout.tile_sample) == rows * columns + 1 == inputs["pixel_values"].shape[1]

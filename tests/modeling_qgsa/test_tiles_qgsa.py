@@ -97,7 +97,7 @@ def test_lazy_inputs_follow_the_options(processor, make_image, options, tiles):
 
 def test_options_that_lazy_tiles_do_not_follow_are_refused(processor, make_image):
     call = {"images": make_image(0), "text": "<image>what?", "lazy_tiles": True}
-    with pytest.raises(ValueError, match="follows size and do_image_splitting, not do_normalize"):
+    with pytest.raises(ValueError, match="supports size and do_image_splitting, not do_normalize"):
         processor(**call, do_normalize=False)
     with pytest.raises(ValueError, match="not max_image_size"):
         processor(**call, images_kwargs={"max_image_size": {"longest_edge": 32}})
@@ -110,7 +110,7 @@ def test_lazy_inputs_move_with_the_batch(processor, make_image):
 
 def test_a_wrong_number_of_images_is_named(processor, make_image):
     call = {"text": ["<image>what?", "<image>why?"], "padding": True, "lazy_tiles": True}
-    with pytest.raises(ValueError, match="prompts name 2 images, and 1 are given"):
+    with pytest.raises(ValueError, match="prompts name 2 images, but 1 are given"):
         processor(images=[make_image()], **call)
-    with pytest.raises(ValueError, match=r"prompts name \[1, 1\] images, and \[2, 0\] are given"):
+    with pytest.raises(ValueError, match=r"prompts name \[1, 1\] images, but \[2, 0\] are given"):
         processor(images=[[make_image(), make_image()], []], **call)

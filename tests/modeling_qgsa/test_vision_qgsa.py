@@ -3,8 +3,9 @@ from copy import copy
 import pytest
 import torch
 
-from modeling_qgsa.vision_qgsa import Views, VisualCache, blocks_of_tiles, check_views, patch_numbers
-from training.evaluation.systems import layout_of
+from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.request_qgsa import VisualInputs
+from modeling_qgsa.vision_qgsa import VisualCache, blocks_of_tiles, encode_chosen_blocks, encode_tiles, patch_numbers
 
 
 def tokens(model, inputs, **options):
@@ -18,41 +19,41 @@ def logits(model, inputs, **options):
 
 @pytest.fixture
 def layout(model, batch):
-    return layout_of(model.config, batch["input_ids"])
+    return VisualLayout.of(model.config, batch["input_ids"])
 
 
-def test_check_views(layout, batch):
+def test_check_visual_inputs(layout, batch):
     pixels = batch["pixel_values"]
-    check_views(Views(pixels), layout, 64)
+    VisualInputs(pixels).check(layout, 64)
     with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, pixel_values holds 17"):
-        check_views(Views(torch.ones_like(pixels)), layout, 64)
+        VisualInputs(torch.ones_like(pixels)).check(layout, 64)
     with pytest.raises(ValueError, match="sample 0: the prompt has placeholders for 17 tiles, pixel_values holds 2"):
-        check_views(Views(pixels[:, :2]), layout, 64)
+        VisualInputs(pixels[:, :2]).check(layout, 64)
     with pytest.raises(ValueError, match=r"shape \(1, 17, 3, 64, 64\): expected 3 x any x 3 x 64 x 64"):
-        check_views(Views(pixels[:1]), layout, 64)
+        VisualInputs(pixels[:1]).check(layout, 64)
     for bad in (float("nan"), float("inf")):
         broken = pixels.clone()
         broken[1, 0, 0, 3, 3] = bad
         with pytest.raises(ValueError, match="sample 1: pixel_values holds NaN or infinite values"):
-            check_views(Views(broken), layout, 64)
+            VisualInputs(broken).check(layout, 64)
 
 
-def test_check_views_with_features(layout):
+def test_check_visual_inputs_with_features(layout):
     count = len(layout.tile_row)
-    check_views(Views(None, features=torch.zeros(count, 16, 8)), layout, 64)
+    VisualInputs(None, features=torch.zeros(count, 16, 8)).check(layout, 64)
     for shape in ((count - 1, 16, 8), (count, 5, 8)):
         with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}, 8\): .* {count} tiles of 16 visual"):
-            check_views(Views(None, features=torch.zeros(shape)), layout, 64)
+            VisualInputs(None, features=torch.zeros(shape)).check(layout, 64)
 
 
-def test_check_views_with_lazy_tiles(layout, prepare, samples):
+def test_check_visual_inputs_with_lazy_tiles(layout, prepare, samples):
     inputs, other = prepare(*samples, lazy_tiles=True), prepare(*samples[:1] * 3, lazy_tiles=True)
-    check_views(Views(inputs["pixel_values"], lazy_tiles=inputs["lazy_tiles"]), layout, 64)
-    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, lazy_tiles cuts 17"):
-        check_views(Views(inputs["pixel_values"], lazy_tiles=other["lazy_tiles"]), layout, 64)
+    VisualInputs(inputs["pixel_values"], lazy_tiles=inputs["lazy_tiles"]).check(layout, 64)
+    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, lazy_tiles holds 17"):
+        VisualInputs(inputs["pixel_values"], lazy_tiles=other["lazy_tiles"]).check(layout, 64)
     with pytest.raises(ValueError, match="sample 0: .* 1 global views, pixel_values holds 2"):
         views = inputs["pixel_values"].expand(-1, 2, -1, -1, -1)
-        check_views(Views(views, lazy_tiles=inputs["lazy_tiles"]), layout, 64)
+        VisualInputs(views, lazy_tiles=inputs["lazy_tiles"]).check(layout, 64)
 
 
 def test_blocks_of_tiles_are_the_patches_in_order():
@@ -63,29 +64,31 @@ def test_blocks_of_tiles_are_the_patches_in_order():
 
 
 def test_blocks_of_whole_tiles_are_what_the_encoder_makes_of_them(model, batch, layout):
-    views = Views(batch["pixel_values"])
+    visual = VisualInputs(batch["pixel_values"])
     tiles = torch.zeros(len(layout.tile_row), dtype=torch.bool)
     tiles[[2, 5, 18]] = True
     looked = tiles[:, None].expand(-1, 16)
     with torch.no_grad():
-        blocks = model.model.encode_blocks(views, layout, looked, tiles).view(3, 16, -1)
-        assert torch.allclose(blocks, model.model.encode_tiles(views, layout, tiles), atol=1e-5)
+        blocks = encode_chosen_blocks(model.model, visual, layout, looked, tiles).view(3, 16, -1)
+        assert torch.allclose(blocks, encode_tiles(model.model, visual, layout, tiles), atol=1e-5)
 
 
 def test_blocks_see_those_of_their_own_tile_only(model, batch, layout):
-    views = Views(batch["pixel_values"])
+    visual = VisualInputs(batch["pixel_values"])
     tiles = torch.arange(len(layout.tile_row)) < 2
     looked = torch.zeros(len(tiles), 16, dtype=torch.bool)
     looked[0, [1, 5, 6]], looked[1, [0, 2]] = True, True
     with torch.no_grad():
-        both = model.model.encode_blocks(views, layout, looked, tiles)
+        both = encode_chosen_blocks(model.model, visual, layout, looked, tiles)
         for tile, part in ((0, both[:3]), (1, both[3:])):
             only = torch.arange(len(tiles)) == tile
-            alone = model.model.encode_blocks(views, layout, looked & only[:, None], only)
+            alone = encode_chosen_blocks(model.model, visual, layout, looked & only[:, None], only)
             assert torch.allclose(part, alone, atol=1e-5)
         fewer = looked.clone()
         fewer[0, 6] = False
-        assert not torch.allclose(model.model.encode_blocks(views, layout, fewer, tiles)[:2], both[:2], atol=1e-3)
+        assert not torch.allclose(
+            encode_chosen_blocks(model.model, visual, layout, fewer, tiles)[:2], both[:2], atol=1e-3
+        )
 
 
 def test_blocks_with_room_for_all_are_whole_tiles(model, batch):
@@ -124,9 +127,11 @@ def test_blocks_train_the_encoder(make_model, batch):
 
 def test_blocks_need_pixels(model, batch, layout):
     with torch.no_grad():
-        features = model.model.encode_tiles(Views(batch["pixel_values"]), layout, torch.ones_like(layout.is_global))
+        features = encode_tiles(
+            model.model, VisualInputs(batch["pixel_values"]), layout, torch.ones_like(layout.is_global)
+        )
     rest = {name: value for name, value in batch.items() if not name.startswith("pixel")}
-    with pytest.raises(ValueError, match="it takes pixel_values"):
+    with pytest.raises(ValueError, match="needs pixel_values"):
         model.generate(**rest, image_hidden_states=features, selection="blocks", max_new_tokens=2, max_visual_tokens=9)
 
 
@@ -153,9 +158,9 @@ def test_lazy_tiles_cut_only_what_is_looked_at(model, prepare, samples, monkeypa
 
 
 def test_dense_refuses_what_the_stock_model_has_not(model, prepare, samples):
-    with pytest.raises(ValueError, match="lazy_tiles is for the others"):
+    with pytest.raises(ValueError, match="lazy_tiles: not available with"):
         model.generate(**prepare(samples[0], lazy_tiles=True), selection="dense")
-    with pytest.raises(ValueError, match="visual_cache is for the others"):
+    with pytest.raises(ValueError, match="visual_cache: not available with"):
         model(**prepare(samples[0]), visual_cache=VisualCache(), selection="dense")
 
 
@@ -182,11 +187,11 @@ def test_encoder_in_bfloat16_and_text_model_in_float32(make_model, batch, select
 
 
 def test_tune_and_cache_refuse_sizes_below_one(make_model):
-    with pytest.raises(ValueError, match="tiles_per_step is 0"):
+    with pytest.raises(ValueError, match=r"tiles_per_step \(0\)"):
         make_model().tune(tiles_per_step=0)
-    with pytest.raises(Exception, match="tiles_per_step is 0"):
+    with pytest.raises(Exception, match=r"tiles_per_step \(0\)"):
         make_model(tiles_per_step=0)
-    with pytest.raises(ValueError, match="max_bytes is 0"):
+    with pytest.raises(ValueError, match=r"max_bytes \(0\)"):
         VisualCache(0)
 
 
@@ -269,7 +274,7 @@ def test_a_tuned_model_is_saved_in_the_dtype_of_its_text_model(make_model, batch
 
 def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
     one, two = prepare(samples[0], lazy_tiles=True), prepare(samples[0], samples[0], lazy_tiles=True)
-    with pytest.raises(ValueError, match="lazy_tiles cuts tiles of 2 samples: there are 1 prompts"):
+    with pytest.raises(ValueError, match="lazy_tiles holds tiles of 2 samples: there are 1 prompts"):
         model(**{**one, "lazy_tiles": two["lazy_tiles"]})
 
 
@@ -277,5 +282,5 @@ def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
 def test_a_tuned_dense_model_says_where_pixels_and_prompt_do_not_fit(make_model, single, tuning):
     inputs = {**single, "pixel_values": single["pixel_values"][:, 1:]}
     inputs["pixel_attention_mask"] = single["pixel_attention_mask"][:, 1:]
-    with pytest.raises(ValueError, match="272 image placeholders in input_ids: the pixels make 256 tokens"):
+    with pytest.raises(ValueError, match="272 image placeholders: the pixels make 256 tokens"):
         make_model().tune(**tuning)(**inputs, selection="dense")

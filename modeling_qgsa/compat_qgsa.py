@@ -1,0 +1,149 @@
+"""Differences between transformers 4.57 and 5. Everything else in this folder is written for 5."""
+
+import types
+from dataclasses import Field, make_dataclass
+from inspect import signature
+from typing import Any, Union, get_args
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
+from transformers.processing_utils import ImagesKwargs
+
+
+TRANSFORMERS_V4 = transformers.__version__.startswith("4.")
+
+
+def strict_v4(config_class):
+    """Replacement for huggingface_hub's `strict`, which needs a dataclass: configurations of transformers 4 are not.
+
+    The class gets an `__init__` that checks its annotated fields as `strict` does, hands everything else to
+    `__post_init__`, and runs every `validate_...` method.
+    """
+    annotated = config_class.__annotations__
+    defaults = {name: vars(config_class)[name] for name in annotated}
+    for name in [name for name, default in defaults.items() if isinstance(default, Field)]:
+        delattr(config_class, name)
+    # The huggingface_hub that goes with transformers 4 accepts `Union[int, float]` but not `int | float`.
+    unions = {
+        name: Union.__getitem__(get_args(kind)) if isinstance(kind, types.UnionType) else kind
+        for name, kind in annotated.items()
+    }
+    fields: Any = strict(make_dataclass("QGSAFields", [(name, unions[name], defaults[name]) for name in annotated]))
+    validators = [name for name in vars(config_class) if name.startswith("validate_")]
+
+    def __init__(self, **kwargs):
+        own = fields(**{name: kwargs.pop(name) for name in annotated if name in kwargs})
+        self.__post_init__(**kwargs)
+        for name in annotated:
+            setattr(self, name, getattr(own, name))
+        for name in validators:
+            getattr(self, name)()
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+class SmolVLMConfigV4(transformers.SmolVLMConfig):
+    """SmolVLM's configuration with a dataclass-style `__post_init__`; reads files written by transformers 5."""
+
+    def __post_init__(self, text_config=None, tie_word_embeddings=False, **kwargs):
+        if isinstance(text_config, dict) and "rope_parameters" in text_config:
+            rope = dict(text_config["rope_parameters"])
+            theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+            text_config = text_config | {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+        if isinstance(text_config, dict):  # transformers 4 reads this flag from the text model's configuration
+            text_config = text_config | {"tie_word_embeddings": tie_word_embeddings}
+        super().__init__(text_config=text_config, tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class PatchPositionsV5(SmolVLMVisionEmbeddings):
+    """Patch embeddings at the patches' own positions, as in transformers 5.
+
+    Transformers 4.57 gives all patches but the first the position of their neighbour: the fraction i / n is scaled by
+    1 - 1e-6 and then falls just below the boundary that it should reach.
+    """
+
+    def forward(self, pixel_values, patch_attention_mask):
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        side, (_, height, width) = self.num_patches_per_side, patch_attention_mask.shape
+        rows, columns = patch_attention_mask[:, :, :1].sum(1), patch_attention_mask[:, :1].sum(2)
+        row = torch.arange(height, device=patches.device) * side // rows
+        column = torch.arange(width, device=patches.device) * side // columns
+        numbers = (row[:, :, None] * side + column[:, None]).flatten(1)
+        return patches + self.position_embedding(numbers.where(patch_attention_mask.flatten(1), 0))
+
+
+def use_v5_patch_positions(vision_model):
+    """Give SmolVLM's encoder the patch positions of transformers 5."""
+    if TRANSFORMERS_V4:
+        vision_model.embeddings = PatchPositionsV5(vision_model.config)
+
+
+def advance_positions(model_kwargs: dict, given: Any) -> dict:
+    """Append the next position to the `given` ones, which transformers 4 repeats at every decoding step.
+
+    Args:
+        model_kwargs: arguments of the next decoding step, updated by `generate`.
+        given: `position_ids` of this step, `(B, L)` int64; None if the model counts them itself.
+    """
+    repeated = given is not None and model_kwargs.get("position_ids") is given
+    return model_kwargs | {"position_ids": torch.cat([given, given[:, -1:] + 1], dim=1)} if repeated else model_kwargs
+
+
+def causal_mask(text_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor):
+    """The mask that the layers of `text_model` expect for a prefill, in the form of its attention implementation.
+
+    Args:
+        inputs_embeds: `(B, L, D)`.
+        attention_mask: `(B, L)`, 1 for tokens and 0 for padding.
+        position_ids: `(B, L)` int64.
+    """
+    arguments = {
+        "config": text_model.config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": None,
+        "position_ids": position_ids,
+    }
+    if TRANSFORMERS_V4:
+        arguments["input_embeds"] = arguments.pop("inputs_embeds")
+        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    return create_causal_mask(**arguments)
+
+
+def tile_features(outputs) -> torch.Tensor:
+    """Features from SmolVLM's `get_image_features`, which returns a tensor or an output with a list, as one tensor."""
+    return outputs if torch.is_tensor(outputs) else torch.cat(list(outputs.pooler_output))
+
+
+def image_processor_options(image_processor) -> set[str]:
+    """Names of the options that an Idefics3 image processor accepts per call."""
+    known = (
+        signature(image_processor.preprocess).parameters
+        if TRANSFORMERS_V4
+        else image_processor.valid_kwargs.__annotations__
+    )
+    return set(known) | set(ImagesKwargs.__annotations__)
+
+
+strict_config: Any
+SmolVLMConfig: Any
+initialization: Any
+RETURN_OUTPUT: dict[str, bool]
+
+if TRANSFORMERS_V4:
+    strict_config, SmolVLMConfig = strict_v4, SmolVLMConfigV4
+    # Transformers 4 initialises a module either completely or, if its weights are loaded, not at all.
+    initialization = types.SimpleNamespace(
+        normal_=nn.init.normal_, zeros_=nn.init.zeros_, copy_=lambda tensor, other: tensor.data.copy_(other)
+    )
+    RETURN_OUTPUT = {}
+else:
+    from transformers import initialization as v5_initialization
+
+    strict_config, SmolVLMConfig, initialization = strict, transformers.SmolVLMConfig, v5_initialization
+    RETURN_OUTPUT = {"return_dict": True}  # `get_image_features` returns an output whatever the configuration says

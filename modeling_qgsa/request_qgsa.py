@@ -1,0 +1,234 @@
+"""What one call brings: the prompt, the visual inputs and the budget, checked. Sizes as in `layout_qgsa`."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig
+from .layout_qgsa import VisualLayout
+from .prompt_qgsa import Prompt, check_shape
+
+
+class QGSAKwargs(LimitKwargs, total=False):
+    """Keyword arguments that `forward` takes in addition to the named ones; see its docstring."""
+
+    image_hidden_states: torch.Tensor | None
+    lazy_tiles: Any
+    visual_cache: Any
+    visual_token_scores: torch.Tensor | None
+    gumbel_temperature: float | None
+
+
+class BaseModelKwargs(QGSAKwargs, total=False):
+    """Those of the base model, which names only the prompt."""
+
+    inputs_embeds: torch.Tensor | None
+    pixel_values: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None
+    labels: torch.Tensor | None
+    question_mask: torch.Tensor | None
+    selection: str | None
+
+
+class RequestKwargs(BaseModelKwargs, total=False):
+    """All fields of a request."""
+
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
+REQUEST_NAMES = list(RequestKwargs.__annotations__)
+BUDGET_NAMES = [each.name for each in fields(Budget)]
+# The inputs of the stock model among them; everything else exists only with a selection.
+STOCK_NAMES = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "pixel_values", "pixel_attention_mask")
+
+
+@dataclass(frozen=True)
+class VisualInputs:
+    """Visual inputs of a batch: the pixels of all tiles, their features if they are known, or lazy tiles.
+
+    Args:
+        pixel_values: `(B, tiles, 3, H, W)`; beside `lazy_tiles` only the global views, `(B, images, 3, H, W)`.
+        pixel_attention_mask: `(B, tiles, H, W)`; None beside `lazy_tiles`, whose tiles are full.
+        features: `(T, P, D)`.
+        lazy_tiles: cuts tiles on demand, see [`LazyTiles`].
+        cache: a [`VisualCache`] in which features are looked up first.
+    """
+
+    pixel_values: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    lazy_tiles: Any = None
+    cache: Any = None
+
+    @property
+    def missing(self) -> bool:
+        return self.pixel_values is None and self.features is None
+
+    def check_dense(self):
+        """Raise ValueError if an argument is given that "dense", the stock model, cannot take."""
+        for name, given in (
+            ("image_hidden_states", self.features),
+            ("lazy_tiles", self.lazy_tiles),
+            ("visual_cache", self.cache),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f'{name}: not available with selection="dense", which encodes pixel_values of all tiles'
+                )
+
+    def pixels(self, layout: VisualLayout, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pixels `(n, 3, H, W)` and mask (`(n, H, W)` or None) of the tiles chosen by `tiles`, `(T,)` bool."""
+        assert self.pixel_values is not None
+        samples, ordinals = layout.tile_sample[tiles], layout.tile_ordinal[tiles]
+        if self.lazy_tiles is None:
+            mask = self.pixel_attention_mask
+            return self.pixel_values[samples, ordinals], None if mask is None else mask[samples, ordinals]
+        if (tiles <= layout.is_global).all():
+            first = torch.searchsorted(layout.image_sample, layout.image_sample)
+            number = torch.arange(len(first), device=first.device) - first
+            return self.pixel_values[samples, number[layout.tile_image[tiles]]], None
+        pixels = self.lazy_tiles.cut(samples.tolist(), ordinals.tolist())
+        return pixels.to(self.pixel_values.device, self.pixel_values.dtype), None
+
+    def key(self, layout: VisualLayout, tile: int) -> tuple:
+        """Identity of a tile: the digest of its pixels, or of its image together with its place."""
+        assert self.pixel_values is not None
+        sample, ordinal = int(layout.tile_sample[tile]), int(layout.tile_ordinal[tile])
+        if self.lazy_tiles is not None:
+            return self.pixel_values.dtype, *self.lazy_tiles.key(sample, ordinal)
+        given = [self.pixel_values, self.pixel_attention_mask]
+        parts = [part[sample, ordinal].cpu().contiguous() for part in given if part is not None]
+        return tuple(hashlib.sha256(part.view(torch.uint8).numpy().data).hexdigest() for part in parts)
+
+    def check(self, layout: VisualLayout, tile_size: int):
+        """Raise ValueError unless these are exactly the tiles of the layout, with finite pixels.
+
+        Tiles that are zero throughout are padding, as in the stock model. Raises TypeError for an argument of another
+        type.
+
+        Args:
+            tile_size: pixels along each side of a tile.
+        """
+        _check_class("visual_cache", self.cache, "VisualCache")
+        _check_class("lazy_tiles", self.lazy_tiles, "LazyTiles")
+        if self.features is not None:
+            check_shape("image_hidden_states", self.features, (None, None, None), floating=True)
+            if self.features.shape[:2] != (len(layout.tile_row), layout.tokens_per_tile):
+                raise ValueError(
+                    f"image_hidden_states has shape {tuple(self.features.shape)}: the prompts have placeholders for "
+                    f"{len(layout.tile_row)} tiles of {layout.tokens_per_tile} visual tokens"
+                )
+            return
+        self._check_pixels(layout, tile_size)
+        if self.lazy_tiles is not None:
+            self._check_lazy_tiles(layout)
+        elif self.pixel_attention_mask is not None:
+            assert self.pixel_values is not None
+            shape = (*self.pixel_values.shape[:2], tile_size, tile_size)
+            check_shape("pixel_attention_mask", self.pixel_attention_mask, shape)
+
+    def _check_pixels(self, layout: VisualLayout, tile_size: int):
+        samples = layout.tile_of_position.shape[0]
+        check_shape("pixel_values", self.pixel_values, (samples, None, 3, tile_size, tile_size), floating=True)
+        assert self.pixel_values is not None
+        size = self.pixel_values.abs().flatten(2).sum(-1, dtype=torch.float32)
+        for sample in (~size.isfinite().all(1)).nonzero()[:1, 0].tolist():
+            raise ValueError(f"sample {sample}: pixel_values holds NaN or infinite values")
+        held, owner = ("tiles", layout.tile_sample)
+        if self.lazy_tiles is not None:
+            held, owner = ("global views", layout.image_sample)
+        expected = torch.bincount(owner, minlength=samples)
+        for sample in ((size != 0).sum(1) != expected).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"sample {sample}: the prompt has placeholders for {expected[sample]} {held}, pixel_values holds "
+                f"{int((size[sample] != 0).sum())}"
+            )
+
+    def _check_lazy_tiles(self, layout: VisualLayout):
+        counts, expected = self.lazy_tiles.counts, layout.tiles_per_sample.tolist()
+        if len(counts) != len(expected):
+            raise ValueError(f"lazy_tiles holds tiles of {len(counts)} samples: there are {len(expected)} prompts")
+        for sample, (count, tiles) in enumerate(zip(counts, expected)):
+            if count != tiles:
+                raise ValueError(
+                    f"sample {sample}: the prompt has placeholders for {tiles} tiles, lazy_tiles holds {count}"
+                )
+
+
+def _check_class(name: str, given: Any, expected: str):
+    """Raise TypeError if `given` has no class of this name; by name, as a checkpoint's code is a copy of this code."""
+    names = [each.__name__ for each in type(given).__mro__]
+    if given is not None and expected not in names:
+        raise TypeError(f"{name} ({names[0]}) must be a {expected}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The inputs of one call.
+
+    Args:
+        budget: the configured budget with the overrides of this call.
+        stock: inputs that the stock model takes, as given.
+        visual: visual inputs.
+        prompt: the checked text side; None if nothing is selected.
+        question_mask: `(B, L)`, the question as marked by the caller.
+        token_scores: `(B, N)`, scores of all visual tokens that replace the selector's.
+        gumbel_temperature: of the relaxed selection in training.
+    """
+
+    budget: Budget
+    stock: dict[str, Any]
+    visual: VisualInputs
+    prompt: Prompt | None
+    question_mask: torch.Tensor | None
+    token_scores: torch.Tensor | None
+    gumbel_temperature: float
+
+    @classmethod
+    def take(cls, config: QGSAConfig, kwargs: dict[str, Any]) -> "Request":
+        """Take the fields of [`RequestKwargs`] out of `kwargs`; the rest is for the text model or for `generate`.
+
+        Raises ValueError if the budget is out of range, or if an argument is given that "dense" cannot take; with a
+        selection also if the text inputs do not fit together, and TypeError if one is not a tensor.
+        """
+        given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}
+        budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})
+        visual = VisualInputs(
+            given["pixel_values"],
+            given["pixel_attention_mask"],
+            given["image_hidden_states"],
+            given["lazy_tiles"],
+            given["visual_cache"],
+        )
+        if budget.selection == "dense":
+            visual.check_dense()
+        selects = budget.selection != "dense" and not visual.missing and given["inputs_embeds"] is None
+        prompt = None
+        if selects:
+            prompt = Prompt.of(given["input_ids"], given["attention_mask"], given["position_ids"], given["labels"])
+        temperature = given["gumbel_temperature"]
+        return cls(
+            budget=budget,
+            stock={name: given[name] for name in STOCK_NAMES},
+            visual=visual,
+            prompt=prompt,
+            question_mask=given["question_mask"],
+            token_scores=given["visual_token_scores"],
+            gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
+        )
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is something to select: otherwise the stock model takes the inputs as they are."""
+        return self.prompt is not None
+
+    def check_selects(self):
+        """Raise ValueError if there is nothing to select."""
+        if self.budget.selection == "dense":
+            raise ValueError('selection ("dense") keeps everything: choose another variant to select')
+        if not self.selects:
+            raise ValueError("pixel_values is missing: there is nothing to select from")

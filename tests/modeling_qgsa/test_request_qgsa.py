@@ -1,0 +1,52 @@
+"""One request per call: what it takes, what it leaves, and when there is something to select."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from modeling_qgsa import QGSAConfig
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.request_qgsa import REQUEST_NAMES, STOCK_NAMES, Request
+
+
+@pytest.fixture
+def config(model):
+    return model.config
+
+
+def test_the_budget_has_one_list_of_names():
+    names = [each.name for each in fields(Budget)]
+    assert {name: getattr(QGSAConfig(), name) for name in names} == vars(Budget())
+    assert set(names) | set(STOCK_NAMES) < set(REQUEST_NAMES)
+
+
+def test_a_request_takes_its_own_arguments_and_leaves_the_rest(config, batch):
+    kwargs = {**batch, "max_tiles": 2, "use_cache": False, "max_new_tokens": 3}
+    request = Request.take(config, kwargs)
+    assert kwargs == {"use_cache": False, "max_new_tokens": 3}
+    assert request.selects and request.budget.max_tiles == 2
+    assert torch.equal(request.prompt.input_ids, batch["input_ids"])
+
+
+@pytest.mark.parametrize("given", [{"selection": "dense"}, {"pixel_values": None}, {"inputs_embeds": torch.zeros(1)}])
+def test_the_stock_model_takes_what_selects_nothing(given, config, batch):
+    request = Request.take(config, {**batch, **given})
+    assert not request.selects and request.stock["input_ids"] is batch["input_ids"]
+    assert set(request.stock) <= {*batch, "position_ids", "inputs_embeds"}
+
+
+@pytest.mark.parametrize("name", ["image_hidden_states", "lazy_tiles", "visual_cache"])
+def test_dense_refuses_by_name(name, config, batch):
+    with pytest.raises(ValueError, match=f'{name}: not available with selection="dense"'):
+        Request.take(config, {**batch, name: object(), "selection": "dense"})
+
+
+def test_unknown_arguments_of_select_are_named(model, batch):
+    with pytest.raises(TypeError, match=r"select\(\) got unexpected arguments: max_tilez"):
+        model.select(**batch, max_tilez=2)
+
+
+def test_there_is_nothing_to_select_without_images(model, prepare):
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model.select(**prepare(("how many cards are there?", [])))
