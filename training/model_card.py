@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from modeling_qgsa import QGSAConfig
-from training.costs.flops import selector_flops, vision_flops
+from training.costs.environment import describe_environment
+from training.costs.formula import selector_flops, vision_flops
 from training.costs.speed_report import format_speed
 from training.evaluation.report import format_families, format_table
 
@@ -120,7 +121,7 @@ def render_card(content: CardContent) -> ModelCard:
         scored_by=SCORED_BY[accuracy["dataset"]] if accuracy else None,
         parameters=None if content.parameters is None else f"{content.parameters:,}",
         accuracy=accuracy,
-        environment=accuracy and in_words(accuracy["environment"]),
+        environment=accuracy and describe_environment(accuracy["environment"]),
         table=format_table(rows),
         families=format_families(rows) if qgsa else None,
         flops_table=format_flops(flops) if flops else None,
@@ -128,7 +129,7 @@ def render_card(content: CardContent) -> ModelCard:
         if content.flops
         else "Means of the first questions (8; with random weights one), batch 1: other budgets cost otherwise.",
         speed=speed,
-        environment_of_speed=speed and in_words(speed["environment"]),
+        environment_of_speed=speed and describe_environment(speed["environment"]),
         speed_table=speed and format_speed(speed["rows"], 2048),
         kept_table=format_kept(qgsa) if qgsa and "visual_tokens_counts" in qgsa else None,
         dense_tokens=f"{rows[0]['visual_tokens_mean']:g}" if rows else None,
@@ -162,10 +163,6 @@ def eval_results(accuracy: dict, qgsa: dict) -> list[EvalResult]:
         )
         for kind, (name, value) in measured.items()
     ]
-
-
-def in_words(environment: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
 def format_flops(rows: list[dict]) -> str:

@@ -1,31 +1,18 @@
 """What a run leaves behind: `results.json`, the table, the figures and the card."""
 
 import json
-import platform
 from pathlib import Path
 
 import matplotlib
-import torch
-import transformers
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from training.costs.environment import describe_environment, environment
+
 
 TEMPLATES = Path(__file__).parents[2] / "hub_cards"
-
-
-def environment() -> dict:
-    """The versions and the device that figures belong to."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads",
-    }
 
 
 def write_results(
@@ -146,12 +133,8 @@ def write_dense_card(folder: Path, name: str, parameters: int, n: int, row: dict
             n=n,
             families="\n".join(lines),
             command=command,
-            environment=describe_environment(),
+            environment=describe_environment(environment()),
         )
     )
     (folder / "README.md").write_text(filled)
     return "\n".join(lines)
-
-
-def describe_environment() -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment().items())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import training.evaluation.systems as evaluation
-from training.costs.flops import count_flops
+from training.costs.counter import count_flops
 from training.data.cards import FAMILIES, Cards
 from training.data.collator import QuestionCollator
 from training.evaluation.systems import (
