@@ -1,6 +1,8 @@
 """Write the committed model cards anew from hub_cards/results and the tiny checkpoints.
 
-python hub_cards/write_cards.py
+    python hub_cards/write_cards.py
+
+A test fails if they differ from the results.
 """
 
 import argparse

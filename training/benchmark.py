@@ -60,6 +60,14 @@ class BenchmarkArguments:
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
     output_dir: str = field(default="outputs/speed", metadata={"help": "Folder for results, table and plots."})
 
+    def __post_init__(self):
+        for name in ("batch_size", "repeats", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}): must be at least 1")
+        kind = self.device.partition(":")[0]  # cuda:1 is the second GPU
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"device ({self.device}): must be cpu, or cuda where a GPU is available")
+
 
 def base_model_of(run: BenchmarkArguments) -> str:
     """Hub id or folder of config and processor: `base_model`, or `model`, or the published checkpoint of

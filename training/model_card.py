@@ -1,6 +1,8 @@
 """Write the model card of a run anew, from its `results.json` and its checkpoint.
 
-python training/model_card.py --model outputs/demo
+    python training/model_card.py --model outputs/demo
+
+The card becomes `README.md` of that folder.
 """
 
 import json

@@ -99,6 +99,8 @@ def test_bad_arguments_are_named(tmp_path):
         (["--architecture", "1b"], "architecture (1b): choose from 256m, 500m"),
         (["--model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
         (["--model", "hub_cards/tiny-dense"], "model (hub_cards/tiny-dense): must be a QGSA checkpoint"),
+        (["--repeats", "0"], "repeats (0): must be at least 1"),
+        (["--device", "tpu"], "device (tpu): must be cpu, or cuda where a GPU is available"),
         (["--base_model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
     ],
 )
