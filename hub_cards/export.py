@@ -33,7 +33,7 @@ from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGe
 from modeling_qgsa.configuration_qgsa import AUTO_MAP
 from modeling_qgsa.conversion_qgsa import OWN
 from training.cli.arguments import check_source, errors_in_one_line, parse
-from training.model_card import CardContent, budgets_in_words, selector_share, write_card
+from training.evaluation.card import CardContent, budgets_in_words, selector_share, write_card
 
 
 HERE = Path(__file__).resolve().parent

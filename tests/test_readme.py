@@ -15,8 +15,8 @@ from serving import serving
 from transformers import HfArgumentParser
 
 from training.benchmark import BenchmarkArguments
-from training.costs.flops import paper_table
-from training.costs.speed_report import format_speed
+from training.costs.formula import paper_table
+from training.costs.speed_report import format_first_table, format_headline, format_speed
 from training.evaluation.report import format_families, format_table
 from training.learning.trainer import QGSATrainingArguments
 from training.run_qgsa import RunArguments, read_preset
@@ -38,7 +38,7 @@ def adaptive_tables(rows):
 
 def lines_of_sizes(rows):
     """A line for each image size, of the seconds of five systems."""
-    columns = ("dense-native-size", "qgsa-native-size", "dense-tuned", "qgsa", "qgsa-blocks")
+    columns = ("dense-native-size", "qgsa-native-size", "dense-fast", "qgsa", "qgsa-blocks")
     by = {(row["longest_edge"], row["system"]): row["seconds_median"] for row in rows}
     return [f"| {edge} | " + " | ".join(f"{by[edge, c]:.2f}" for c in columns) + " |" for edge in {e for e, _ in by}]
 
@@ -69,25 +69,6 @@ def read_rows(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
 
 
-def format_first_table(speed: list[dict], cards: list[dict], edge: int) -> str:
-    """Four systems as a Markdown table: seconds, speedup, memory and accuracy relative to dense."""
-    lines = [
-        "| system | seconds per question | times faster | memory, GB (weights included) "
-        "| accuracy on cards, Δ pp [95 %] |",
-        "|---|---|---|---|---|",
-    ]
-    accuracy = {row["system"]: row for row in cards}
-    for row in speed:
-        if row["longest_edge"] == edge and row["system"] in FIRST_SYSTEMS:
-            delta = accuracy[row["system"]]
-            lines.append(
-                f"| {row['system']} | {row['seconds_median']:.1f} | {row['speedup_vs_dense']:.1f} "
-                f"| {(row['memory_bytes'] + row['weight_bytes']) / 1e9:.2f} "
-                "| {:+.1f} [{:+.1f}, {:+.1f}] |".format(delta["delta_vs_dense_pp"], *delta["delta_ci95"])
-            )
-    return "\n".join(lines)
-
-
 def test_the_readme_holds_the_first_table_and_its_reservations():
     speed = read_rows("speed_256m_cpu")
     readme = README.read_text()
@@ -95,7 +76,7 @@ def test_the_readme_holds_the_first_table_and_its_reservations():
     table = format_first_table(speed, read_rows("pareto_cards"), 2048)
     assert table in readme and len(table.splitlines()) == 2 + len(FIRST_SYSTEMS)
     seconds = {row["system"]: row["seconds_median"] for row in speed if row["longest_edge"] == 2048}
-    fast = seconds.get("dense-fast") or seconds["dense-tuned"]
+    fast = seconds["dense-fast"]
     assert f"stock SmolVLM takes {fast:.1f} s, and `qgsa` and `qgsa-blocks` are" in words
     assert f"are {fast / seconds['qgsa']:.1f} and {fast / seconds['qgsa-blocks']:.1f} times faster" in words
     for reservation in (
@@ -116,6 +97,8 @@ def test_the_readme_holds_the_controls_of_the_demo():
     assert f"at {delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] with {tokens} and {tiles}" in words
     controls = f"random tokens at the same budget lose {delta['random'][1:]} pp"
     assert f"{controls}, a grey image loses {delta['blank-image'][1:]} pp" in words
+def test_the_results_page_holds_the_headline():
+    assert format_headline(read_rows("speed_256m_cpu"), read_rows("pareto_cards"), 2048) in (RESULTS / "README.md").read_text()
 
 
 def test_the_results_page_holds_the_flops_of_the_formula():

@@ -9,11 +9,12 @@ from pathlib import Path
 import export
 import pytest
 import torch
+import write_cards
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Idefics3Processor
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.model_card import SCORED_BY, committed_cards, of_architecture, render_card, selector_share
+from training.evaluation.card import selector_share
 
 
 ROOT = Path(__file__).parents[2]
@@ -165,37 +166,9 @@ def test_published_architectures_are_exported(size, tmp_path):
     assert card.data.base_model is None and not card.data.eval_results
     assert f"random weights of {base.name}" in card.text
     config = QGSAConfig.from_pretrained(output)
-    assert selector_share(config) == selector_share(of_architecture(size))
+    assert selector_share(config) == selector_share(write_cards.published_config(size))
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     assert model.config.text_config.rope_parameters["rope_theta"] == 100000
-
-
-def test_the_committed_cards_are_those_of_the_results():
-    for path, content in committed_cards().items():
-        assert path.read_text() == str(render_card(content)) + "\n", f"{path.name}: python training/model_card.py"
-
-
-def test_the_committed_cards_hold_what_was_measured_and_no_more():
-    cards = {content.name: (ModelCard.load(path), content) for path, content in committed_cards().items()}
-    assert set(cards) == {"qgsa-smolvlm-256m", "qgsa-smolvlm-500m", "qgsa-smolvlm-tiny"}
-    for card, content in cards.values():
-        results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
-        if content.accuracy is None:
-            assert "selector is untrained" in card.text and not results and "## Accuracy\n\nNot measured" in card.text
-            continue
-        (row,) = [row for row in content.accuracy["rows"] if row["system"] == "qgsa"]
-        assert results and all(value == row[kind] for kind, value in results.items())
-        for control in ("random", "centre", "blank-image"):
-            assert f"| {control} |" in card.text
-
-
-def test_a_changed_number_changes_the_card():
-    (content,) = [content for content in committed_cards().values() if content.accuracy]
-    before = str(render_card(content))
-    row = content.accuracy["rows"][-1]
-    row["accuracy"] += 0.01
-    changed = [line for line in str(render_card(content)).split("\n") if line not in before]
-    assert any(re.match(r"\| qgsa \|", line) for line in changed) and any("value:" in line for line in changed)
 
 
 def test_the_snippet_of_the_card_answers(folders, make_image):
@@ -204,18 +177,3 @@ def test_the_snippet_of_the_card_answers(folders, make_image):
     scope = {"image": make_image(3), "question": "how many cards are there?"}
     exec(code.replace("org/qgsa-tiny", str(folders / "qgsa")), scope)
     assert scope["answer"].strip()
-
-
-@pytest.mark.parametrize("dataset, split", [("aokvqa", "validation"), ("refcoco", "test"), ("cards", "validation")])
-def test_a_card_names_the_split_and_the_rule_of_its_results(dataset, split):
-    (content,) = [content for content in committed_cards().values() if content.accuracy]
-    content.accuracy |= {"dataset": dataset, "split": split}
-    card = render_card(content)
-    assert f"questions of {dataset} ({split})" in card.text and f"scored by {SCORED_BY[dataset]}" in card.text
-    assert {result.dataset_split for result in card.data.eval_results} == {split}
-    content.accuracy["dataset"] = "mmmu"
-    with pytest.raises(ValueError, match="results are of 'mmmu'"):
-        render_card(content)
-    del content.accuracy["split"]
-    with pytest.raises(ValueError, match="results lack split"):
-        render_card(content)

@@ -1,1 +1,1 @@
-"""What an answer costs: FLOPs, seconds, memory."""
+"""Cost of an answer: FLOPs, seconds, memory."""

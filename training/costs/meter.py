@@ -1,29 +1,35 @@
-"""What an answer costs on this machine: seconds by part, and the most memory it held."""
+"""Seconds of one answer by part, and the peak memory it needs, on this machine."""
 
 import ctypes
 import gc
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from modeling_qgsa.tiles_qgsa import LazyTiles
-from training.costs.flops import vision_modules
+from training.costs.counter import vision_modules
 
 
 PARTS = ("processing", "vision", "prefill", "decode")
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when all that `device` was given is done."""
+    """Clock time in seconds, once `device` has finished all its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
+def fixed_length(length: int) -> dict:
+    """Options of `generate` for a greedy answer of exactly `length` tokens."""
+    return {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length}
+
+
 class TimedTiles(LazyTiles):
-    """Lazy tiles whose cutting is timed: it is processing, though it happens while the model looks."""
+    """Lazy tiles that add up the seconds spent cutting: processing, although it happens during vision."""
 
     def __init__(self, tiles):
         self.image_processor, self.tiles, self.seconds = tiles.image_processor, tiles.tiles, 0.0
@@ -37,9 +43,9 @@ class TimedTiles(LazyTiles):
 
 @contextmanager
 def clocked(model):
-    """Notes when vision begins and ends, and when logits are there: yields `(vision, logits)`, lists of seconds.
+    """Record clock times of vision and of every row of logits; works for stock and QGSA models.
 
-    Vision alternates beginnings and ends. Works for stock models and ours.
+    Yields `(vision, logits)`, two lists of clock times in seconds; `vision` alternates between start and end.
     """
     device, vision, logits = model.device, [], []
     hooks = [model.lm_head.register_forward_hook(lambda *_: logits.append(now(device)))]
@@ -53,15 +59,16 @@ def clocked(model):
             hook.remove()
 
 
-def time_answer(model, process, generate) -> tuple[dict[str, float], object]:
-    """Seconds of one answer by part, and what `generate` returned.
+def time_answer(model, process: Callable[[], dict], generate: Callable[[dict], object]) -> tuple[dict, object]:
+    """Time one answer.
 
     Args:
-        process: makes the inputs; its time is processing.
-        generate: takes the inputs and answers.
+        process: returns the inputs of the model; its time is processing.
+        generate: takes these inputs and generates the answer.
 
-    Returns `{"processing", "vision", "prefill", "decode", "total"}`; prefill is all up to the first new token that is
-    neither processing nor vision.
+    Returns:
+        Seconds as `{"processing", "vision", "prefill", "decode", "total"}`, and the return value of `generate`.
+        Prefill is everything up to the first new token except processing and vision.
     """
     began = now(model.device)
     inputs = process()
@@ -84,8 +91,11 @@ def time_answer(model, process, generate) -> tuple[dict[str, float], object]:
     return seconds, output
 
 
-def peak_memory(device: torch.device, call) -> int:
-    """Bytes that `call()` held at most, beyond what was held before it: of the GPU, or of this process on Linux."""
+def peak_memory(device: torch.device, call: Callable[[], object]) -> int:
+    """Peak memory of `call()` in bytes, beyond the memory in use before it.
+
+    GPU memory on CUDA; otherwise the resident memory of this process, which requires Linux.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -93,9 +103,9 @@ def peak_memory(device: torch.device, call) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed is not to be had for nothing
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, or the call could reuse it at no visible cost
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     call()
     return _status("VmHWM") - before
 
@@ -108,5 +118,5 @@ def _status(field: str) -> int:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of all weights; shared ones count once."""
+    """Size of all weights in bytes; shared weights count once."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())

@@ -1,37 +1,26 @@
-"""What a run leaves behind: `results.json`, the table, the figures and the card."""
+"""Output of an evaluation: `results.json`, tables and figures."""
 
 import json
-import platform
 from pathlib import Path
 
-import matplotlib
-import torch
-import transformers
+from matplotlib.figure import Figure
 
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-
-TEMPLATES = Path(__file__).parents[2] / "hub_cards"
-
-
-def environment() -> dict:
-    """The versions and the device that figures belong to."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads",
-    }
+from training.costs.environment import environment
 
 
 def write_results(
     path: Path, preset: str, dataset: str, n: int, seed: int, rows: list[dict], split: str = "test"
 ) -> dict:
-    """Write `results.json` in the form of the public contract, and `split`, in one step; returns what is written."""
+    """Write a results file in one step; returns its content.
+
+    Args:
+        path: file to write.
+        preset: preset of the run.
+        dataset, split: questions that were asked.
+        n: number of questions.
+        seed: seed of the run.
+        rows: one row per system.
+    """
     results = {"preset": preset, "dataset": dataset, "split": split, "n": n, "seed": seed}
     results |= {"environment": environment(), "rows": rows}
     part = path.with_suffix(".part")
@@ -41,9 +30,9 @@ def write_results(
 
 
 def format_table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; what was not measured is a dash."""
+    """The rows as a Markdown table; a dash where nothing was measured."""
     lines = [
-        "| system | accuracy | Δ to dense, pp [95 %] | tokens k | tiles m | pointing | GFLOPs | ms a question |",
+        "| system | accuracy | Δ to dense, pp [95 %] | tokens k | tiles m | pointing | GFLOPs | ms per question |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -60,7 +49,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def format_families(rows: list[dict]) -> str:
-    """Accuracy, visual tokens and tiles of each family, for dense and QGSA, as a Markdown table."""
+    """Accuracy of dense and QGSA, and QGSA's visual tokens and tiles, by family, as a Markdown table."""
     by_name = {row["system"]: row["by_family"] for row in rows}
     lines = ["| family | n | dense | qgsa | tokens k | tiles m |", "|---|---|---|---|---|---|"]
     for family, dense in by_name["dense"].items():
@@ -73,8 +62,9 @@ def format_families(rows: list[dict]) -> str:
 
 
 def plot_accuracy(rows: list[dict], path: Path):
-    """Accuracy against visual tokens kept, with 95 % intervals, one point a system."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    """Draw accuracy, with 95 % intervals, against the mean number of visual tokens kept, one point per system."""
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     for row in rows:
         low, high = row["accuracy_ci95"]
         accuracy = 100 * row["accuracy"]
@@ -94,64 +84,32 @@ def plot_accuracy(rows: list[dict], path: Path):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="system (tiles encoded)")
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
 
 
 def plot_selections(model, processor, samples: list[dict], collate, path: Path):
-    """For some questions: the image, the relevance over it, and what was kept for this question."""
-    figure, axes = plt.subplots(len(samples), 3, figsize=(9, 3.2 * len(samples)), squeeze=False)
-    for row, sample in zip(axes, samples):
+    """Draw the selection for some questions: image, relevance and the kept regions, one row per sample.
+
+    Args:
+        collate: makes a batch from a list of samples, see [`QuestionCollator`].
+    """
+    figure = Figure(figsize=(9, 3.2 * len(samples)))
+    for axes, sample in zip(figure.subplots(len(samples), 3, squeeze=False), samples):
         inputs = {name: value.to(model.device) for name, value in collate([sample]).items()}
         selection = model.eval().select(**inputs)
         width, height = sample["image"].size
-        row[0].imshow(sample["image"])
-        row[0].set_title(f"{sample['question']}", fontsize=8, wrap=True)
-        row[1].imshow(sample["image"], alpha=0.5)
-        row[1].imshow(
-            selection.relevance[0].float().cpu().numpy(), extent=(0, width, height, 0), alpha=0.6, cmap="magma", vmin=0
-        )
-        row[1].set_title("relevance", fontsize=8)
-        row[2].imshow(processor.draw_selection(sample["image"], selection))
-        row[2].set_title(
+        relevance = selection.relevance[0].float().cpu().numpy()
+        axes[0].imshow(sample["image"])
+        axes[0].set_title(f"{sample['question']}", fontsize=8, wrap=True)
+        axes[1].imshow(sample["image"], alpha=0.5)
+        axes[1].imshow(relevance, extent=(0, width, height, 0), alpha=0.6, cmap="magma", vmin=0)
+        axes[1].set_title("relevance", fontsize=8)
+        axes[2].imshow(processor.draw_selection(sample["image"], selection))
+        axes[2].set_title(
             f"kept for this question: {int(selection.visual_tokens[0])} of {selection.kept_tokens.shape[1]} tokens, "
             f"{int(selection.tiles[0])} of {selection.kept_tiles.shape[1] - 1} tiles",
             fontsize=8,
         )
-        for axis in row:
-            axis.axis("off")
+        for each in axes:
+            each.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def write_dense_card(folder: Path, name: str, parameters: int, n: int, row: dict, needed: dict, command: str):
-    """Write the card of the tiny dense model; `needed` says how many tiles each family of `row` needs."""
-    lines = ["| family | tiles needed | n | accuracy |", "|---|---|---|---|"]
-    for family, scores in row["by_family"].items():
-        lines.append(f"| {family} | {needed[family]} | {scores['n']} | {scores['accuracy']:.1%} |")
-    for tiles in ("none", "one", "many"):
-        some = [scores for family, scores in row["by_family"].items() if needed[family] == tiles]
-        if not some:
-            continue
-        count = sum(scores["n"] for scores in some)
-        right = sum(scores["n"] * scores["accuracy"] for scores in some)
-        lines.append(f"| **all that need {tiles}** | {tiles} | {count} | **{right / max(count, 1):.1%}** |")
-    lines.append(f"| **all** | | {n} | **{row['accuracy']:.1%}** |")
-    filled = (
-        (TEMPLATES / "dense_card_template.md")
-        .read_text()
-        .format(
-            name=name,
-            parameters=parameters,
-            n=n,
-            families="\n".join(lines),
-            command=command,
-            environment=describe_environment(),
-        )
-    )
-    (folder / "README.md").write_text(filled)
-    return "\n".join(lines)
-
-
-def describe_environment() -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment().items())

@@ -17,7 +17,7 @@ from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.processing_qgsa import kept_maps
 from modeling_qgsa.selection_qgsa import read_layout
 from modeling_qgsa.vision_qgsa import Views
-from training.costs.flops import count_flops
+from training.costs.counter import count_flops
 from training.data.collator import QuestionCollator
 from training.data.dataset import without_image
 from training.data.sets import get_dataset

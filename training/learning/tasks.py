@@ -14,12 +14,12 @@ from training.cli.arguments import check_source
 from training.data.cards import FAMILIES
 from training.data.collator import QuestionCollator
 from training.data.sets import load_data
+from training.evaluation.card import CardContent, budgets_in_words, selector_share, write_card, write_dense_card
 from training.evaluation.report import (
     format_families,
     format_table,
     plot_accuracy,
     plot_selections,
-    write_dense_card,
     write_results,
 )
 from training.evaluation.systems import DENSE, System, add_flops, evaluate_systems, standard_systems
@@ -27,7 +27,6 @@ from training.learning.clip_alignment import PatchWordAlignment
 from training.learning.feature_cache import open_feature_cache
 from training.learning.store import TensorStore
 from training.learning.trainer import QGSATrainer
-from training.model_card import CardContent, budgets_in_words, selector_share, write_card
 from training.standins.dense import train_dense, train_on_questions
 from training.standins.tiny import build_model, build_processor, save_processor
 

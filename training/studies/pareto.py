@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from training.cli.arguments import check_source, parse
 from training.data.cards import Cards
-from training.evaluation.report import plt, write_results
+from training.evaluation.report import write_results
 from training.evaluation.systems import DENSE, System, add_flops, evaluate_systems
 from training.methods.baselines import centre_scores, random_scores
 from training.methods.peers import PEERS

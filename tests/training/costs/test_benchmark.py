@@ -1,19 +1,20 @@
-"""The benchmark as a user runs it, on the tiny architecture, and what it measures by."""
+"""The benchmark as a user runs it, on the tiny architecture, and the tables made from it."""
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from modeling_qgsa.tiles_qgsa import LazyTiles
-from training.benchmark import SYSTEMS, BenchmarkArguments, Runner, build_models, files_of, pick_images
-from training.costs.meter import PARTS, peak_memory, time_answer
-from training.costs.speed_report import add_speedups, format_headline, format_speed
+from training.benchmark import RENAMED, BenchmarkArguments, base_model_of, main
+from training.cli.arguments import parse
+from training.costs.meter import PARTS
+from training.costs.speed_report import add_speedups, format_first_table, format_headline, format_speed
+from training.costs.systems import SYSTEMS, build_models
+from training.costs.timing import Runner, Workload, pick_images
 
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +27,7 @@ def folder(tmp_path_factory, make_image):
     (folder / "images").mkdir()
     for seed, size in enumerate([(256, 200), (100, 60)]):
         make_image(seed, *size).save(folder / "images" / f"{seed}.png")
-    options = ["--files", "hub_cards/tiny-dense", "--images", str(folder / "images"), "--repeats", "2"]
+    options = ["--base_model", "hub_cards/tiny-dense", "--images", str(folder / "images"), "--repeats", "2"]
     options += ["--longest_edges", "256", "128", "--new_tokens", "3", "--output_dir", str(folder), "--device", "cpu"]
     command = [sys.executable, "training/benchmark.py", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -50,7 +51,7 @@ def test_every_system_is_timed_by_part_at_every_size(rows):
 
 def test_rows_say_what_was_looked_at(rows):
     large = {row["system"]: row for row in rows if row["longest_edge"] == 256}
-    assert large["dense"]["tiles_mean"] == large["dense-tuned"]["tiles_mean"] == (16 + 12) / 2  # 4 x 4 and 3 x 4 tiles
+    assert large["dense"]["tiles_mean"] == large["dense-fast"]["tiles_mean"] == (16 + 12) / 2  # 4 x 4 and 3 x 4 tiles
     assert large["dense-half-resolution"]["tiles_mean"] == 4
     assert large["dense-native-size"]["tiles_mean"] == (16 + 4) / 2 and large["dense-global-only"]["tiles_mean"] == 0
     for name in ("fastv", "visionzip", "divprune", "cdpruner", "qgsa", "qgsa-after-encoder", "qgsa-blocks"):
@@ -64,7 +65,7 @@ def test_rows_say_what_was_looked_at(rows):
 
 def test_results_tell_of_the_run_and_not_of_the_machines_paths(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert results["n"] == 2 and results["settings"]["files"] == "tiny-dense"
+    assert results["n"] == 2 and results["settings"]["base_model"] == "tiny-dense"
     assert str(folder) not in (folder / "results.json").read_text()
     assert set(results["tuning"]) >= {"vision_dtype", "tiles_per_step", "text_dtype"}
     table = (folder / "table.md").read_text()
@@ -77,52 +78,53 @@ def test_speedups_are_paired_by_image_size():
     def row(system, edge, seconds):
         return {"system": system, "longest_edge": edge, "seconds_median": seconds}
 
-    rows = [row("dense", 512, 4.0), row("dense-tuned", 512, 2.0), row("qgsa", 512, 1.0), row("qgsa", 1024, 1.0)]
+    rows = [row("dense", 512, 4.0), row("dense-fast", 512, 2.0), row("qgsa", 512, 1.0), row("qgsa", 1024, 1.0)]
     add_speedups(rows)
-    assert rows[2]["speedup_vs_dense"] == 4 and rows[2]["speedup_vs_tuned"] == 2
-    assert rows[3]["speedup_vs_dense"] is None and rows[3]["speedup_vs_tuned"] is None
-
-
-def test_parts_sum_to_the_total(model, prepare, samples):
-    def generate(inputs):
-        return model.generate(**inputs, max_new_tokens=3, do_sample=False)
-
-    seconds, output = time_answer(model, lambda: prepare(samples[0], lazy_tiles=True), generate)
-    assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["total"])
-    assert min(seconds.values()) > 0 and output.shape[0] == 1
-    assert not model.lm_head._forward_hooks
-
-
-def test_cutting_tiles_is_processing(model, prepare, samples, monkeypatch):
-    inputs = prepare(samples[0], lazy_tiles=True)
-    cut = LazyTiles.cut
-
-    def slowly(*args):
-        time.sleep(0.5)
-        return cut(*args)
-
-    monkeypatch.setattr(LazyTiles, "cut", slowly)
-    options = {"min_tiles": 1, "max_tiles": 1, "max_new_tokens": 2}
-    seconds, _ = time_answer(model, lambda: inputs, lambda given: model.generate(**given, **options))
-    assert seconds["processing"] > 0.5 and seconds["prefill"] < 0.5
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
-def test_peak_memory_is_what_was_held_at_once():
-    def hold():
-        torch.ones(50_000_000)  # 200 MB, given back at once
-
-    assert 150e6 < peak_memory(torch.device("cpu"), hold) < 300e6
+    assert rows[2]["speedup_vs_dense"] == 4 and rows[2]["speedup_vs_fast"] == 2
+    assert rows[3]["speedup_vs_dense"] is None and rows[3]["speedup_vs_fast"] is None
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="architecture is '1b': choose from 256m, 500m"):
-        files_of(BenchmarkArguments(architecture="1b"))
-    with pytest.raises(ValueError, match="holds 0 images, 3 are needed"):
+    with pytest.raises(ValueError, match=r"architecture \(1b\): choose from 256m, 500m"):
+        base_model_of(BenchmarkArguments(architecture="1b"))
+    with pytest.raises(ValueError, match="must hold at least 3 JPEG or PNG files, .* but has 0"):
         pick_images(str(tmp_path), 3)
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--systems", "dense", "magic"], "systems (magic): unknown; choose from dense, "),
+        (["--images", "no/images", "--base_model", "hub_cards/tiny-dense"], "images (no/images): not a folder"),
+        (["--architecture", "1b"], "architecture (1b): choose from 256m, 500m"),
+        (["--model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
+        (["--model", "hub_cards/tiny-dense"], "model (hub_cards/tiny-dense): must be a QGSA checkpoint"),
+        (["--repeats", "0"], "repeats (0): must be at least 1"),
+        (["--device", "tpu"], "device (tpu): must be cpu, or cuda where a GPU is available"),
+        (["--base_model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
+    ],
+)
+def test_user_errors_are_one_line(options, complaint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert str(stopped.value).startswith(f"error: {complaint}") and "\n" not in str(stopped.value)
+
+
+def test_the_script_itself_ends_in_one_line():
     command = [sys.executable, "training/benchmark.py", "--systems", "dense", "magic"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode and "unknown systems magic: choose from dense, " in run.stderr
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "error: systems (magic): unknown; choose from dense, " in run.stderr
+
+
+def test_former_option_names_still_work(monkeypatch, capsys):
+    options = ["--files", "hub_cards/tiny-dense", "--checkpoint=hub_cards/tiny-qgsa"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    run = parse(BenchmarkArguments, "", RENAMED)
+    assert (run.base_model, run.model) == ("hub_cards/tiny-dense", "hub_cards/tiny-qgsa")
+    assert "--files is now called --base_model" in capsys.readouterr().err
 
 
 def test_what_was_not_measured_is_a_dash():
@@ -152,24 +154,35 @@ def test_the_headline_joins_seconds_and_accuracy(rows):
     assert (
         ends["qgsa"] == "-0.4 [-1.4, +0.6], k 17.0, m 1.50" and ends["fastv"] == "-30.0 [-31.0, -29.0], k 17.0, m 1.50"
     )
-    assert ends["dense-tuned"] == ends["cdpruner"] == "–"
+    assert ends["dense-fast"] == ends["cdpruner"] == "–"
+
+
+def test_the_first_table_has_four_systems(rows):
+    cards = [{"system": "qgsa", "delta_vs_dense_pp": -0.4, "delta_ci95": [-1.1, 0.3]}]
+    _, rule, *lines = format_first_table(rows, cards, 256).splitlines()
+    titles, seconds, times, memory, accuracy = zip(*(line.strip("| ").split(" | ") for line in lines))
+    assert titles == ("dense (stock SmolVLM)", "thumbnail only", "QGSA", "QGSA with blocks") and rule.count("|") == 6
+    by_name = {row["system"]: row for row in rows if row["longest_edge"] == 256}
+    shown = [by_name[name] for name in ("dense", "dense-global-only", "qgsa", "qgsa-blocks")]
+    assert list(seconds) == [f"{row['seconds_median']:.1f}" for row in shown]
+    assert list(times) == [f"{row['speedup_vs_dense']:.1f}" for row in shown] and times[0] == "1.0"
+    assert list(memory) == [f"{(row['memory_bytes'] + row['weight_bytes']) / 1e9:.2f}" for row in shown]
+    assert accuracy == ("–", "–", "-0.4 [-1.1, +0.3]", "–")
 
 
 def test_of_a_checkpoint_dense_rows_are_dense(processor, make_model, tmp_path, make_image):
     make_model().save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    run = BenchmarkArguments(checkpoint=str(tmp_path), files=str(tmp_path), systems=["dense", "qgsa"], device="cpu")
-    models = build_models(run, processor)
-    runner = Runner("dense", run, models, {"stock": processor, "ours": processor})
+    models = build_models(["dense", "qgsa"], str(tmp_path), str(tmp_path), processor.tokenizer, torch.device("cpu"))
+    runner = Runner("dense", Workload(), models, {"stock": processor, "ours": processor})
     inputs = runner.process([make_image()], 256)
     output = runner.generate(inputs)
     assert "selection" not in output and runner.describe(inputs, None)["tiles_mean"] == 16
 
 
 @pytest.mark.parametrize("name", ["dense", "fastv", "qgsa", "qgsa-blocks"])
-def test_a_batch_is_told_by_the_question(model, processor, make_image, name):
-    run = BenchmarkArguments(systems=[name], batch_size=2, tokens=20, new_tokens=3, device="cpu")
-    runner = Runner(name, run, {SYSTEMS[name].model: model}, {"stock": processor, "ours": processor})
+def test_a_batch_is_described_per_question(model, processor, make_image, name):
+    workload = Workload(tokens=20, new_tokens=3)
+    runner = Runner(name, workload, {SYSTEMS[name].model: model}, {"stock": processor, "ours": processor})
     images = [make_image(0), make_image(1, 256, 64)]
     alone = []
     for batch in ([images[0]], [images[1]], images):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.costs.flops import count_flops
+from training.costs.counter import count_flops
 from training.evaluation.systems import encode_all, layout_of
 from training.methods.peers import PEERS, cdpruner, divprune, fastv, greedy_map, visionzip
 

@@ -7,9 +7,9 @@ from transformers import Idefics3Config
 from modeling_qgsa.conversion_qgsa import config_of_dense
 from modeling_qgsa.prompt_qgsa import Prompt
 from modeling_qgsa.vision_qgsa import Views
-from training.costs.flops import (
+from training.costs.counter import count_flops
+from training.costs.formula import (
     answer_table,
-    count_flops,
     estimate_flops,
     format_tables,
     paper_table,

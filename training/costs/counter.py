@@ -1,0 +1,69 @@
+"""FLOPs of one answer, counted by torch while the model generates it. A multiply-add counts as two."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _cpu_attention(query, key, value, *args, **kwargs):
+    return sdpa_flop_count(query, key, value)
+
+
+# torch's counter only knows the CUDA attention kernels; without this entry the CPU kernel would count as 0 FLOPs.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+
+
+def vision_modules(model) -> list[torch.nn.Module]:
+    """Modules that make up vision: together they contain every matrix product of encoder and connector."""
+    vision = model.model.vision_model
+    return [vision.embeddings.patch_embedding, vision.encoder, model.model.connector.modality_projection]
+
+
+def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, without=(), **options) -> dict[str, int]:
+    """Count the FLOPs of one greedy `model.generate(**inputs, **options)`.
+
+    Args:
+        model: a stock Idefics3 or SmolVLM model, or a QGSA model.
+        inputs: processor output, batch size B.
+        max_new_tokens: number of tokens to generate.
+        make_options: called without arguments; returns further options of `generate`. The FLOPs it spends on making
+            them are counted as well.
+        without: modules excluded from the count, such as a selector that runs but does not influence the selection
+            because the scores come from elsewhere.
+        options: options of `generate`.
+
+    Returns:
+        FLOPs of the whole batch as `{"vision", "prefill", "decode", "total"}`. Vision is the encoder and the
+        connector; prefill is everything else up to the first new token, including the selector; decode is the
+        remaining tokens.
+    """
+    vision, tokens, unused = [], [], []
+    # In eval mode torch runs whole transformer layers as one fused kernel, which the counter does not know.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+
+        def before(module, args, kwargs):
+            vision.append(-counter.get_total_flops())
+
+        def after(module, args, output):
+            vision.append(counter.get_total_flops())
+
+        def before_unused(module, args):
+            unused.append(-counter.get_total_flops())
+
+        def after_unused(module, args, output):
+            unused.append(counter.get_total_flops())
+
+        hooks = [model.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
+        for part in vision_modules(model):
+            hooks += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
+        for part in without:
+            hooks += [part.register_forward_pre_hook(before_unused), part.register_forward_hook(after_unused)]
+        try:
+            model.generate(**inputs, **options, **make_options(), do_sample=False, max_new_tokens=max_new_tokens)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for hook in hooks:
+                hook.remove()
+    total, first = counter.get_total_flops() - sum(unused), tokens[0] - sum(unused)
+    return {"vision": sum(vision), "prefill": first - sum(vision), "decode": total - first, "total": total}

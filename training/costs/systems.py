@@ -1,0 +1,119 @@
+"""The systems that the benchmark times, and the models behind them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+
+from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.selection_qgsa import read_layout
+from training.cli.arguments import check_source
+from training.methods.peers import PEERS
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A system of the benchmark.
+
+    Args:
+        model: model to run: "stock" (float32), "bfloat16" (stock in bfloat16), "plain" (QGSA in float32) or "fast"
+            (QGSA in the precision and steps that are fastest on this machine).
+        selection: "dense", or a selection of QGSA.
+        edge: size of the longest edge of an image: "full", "half", or "native", which scales no image up beyond the
+            next whole tile.
+        split: whether high-resolution tiles are cut in addition to the global view.
+        method: selection method of `training/methods`; None leaves the scores to QGSA's selector.
+    """
+
+    model: str
+    selection: str = "dense"
+    edge: str = "full"
+    split: bool = True
+    method: str | None = None
+
+    @property
+    def lazy(self) -> bool:
+        """Whether tiles are cut only when the model encodes them."""
+        return self.selection in ("before_encoder", "blocks")
+
+
+SYSTEMS = {
+    "dense": Timed("stock"),
+    "dense-bfloat16": Timed("bfloat16"),
+    "dense-fast": Timed("fast"),
+    "dense-native-size": Timed("stock", edge="native"),
+    "dense-half-resolution": Timed("stock", edge="half"),
+    "dense-global-only": Timed("stock", split=False),
+    **{name: Timed("fast", "after_encoder", method=name) for name in PEERS},
+    "qgsa-after-encoder": Timed("fast", "after_encoder"),
+    "qgsa-float32": Timed("plain", "before_encoder"),
+    "qgsa": Timed("fast", "before_encoder"),
+    "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
+    "qgsa-blocks": Timed("fast", "blocks"),
+}
+
+
+def method_options(name: str, model, inputs: dict, layout, k: int) -> dict[str, torch.Tensor]:
+    """Options of `generate` with which the selection method `name` keeps `k` visual tokens per image."""
+    return PEERS[name](model, inputs, layout, k)
+
+
+def layout_of(config: QGSAConfig, input_ids: torch.LongTensor):
+    """The layout of the tiles in `input_ids` `(B, L)`."""
+    return read_layout(
+        input_ids,
+        config.tokens_per_tile,
+        config.image_token_id,
+        config.global_image_token_id,
+        config.tile_token_ids,
+    )
+
+
+def check_systems(names: list[str]):
+    """Raises ValueError if a name is not in `SYSTEMS`."""
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"systems ({', '.join(unknown)}): unknown; choose from {', '.join(SYSTEMS)}")
+
+
+def check_checkpoint(model: str):
+    """Raises ValueError if the Hub id or folder `model` is not a QGSA checkpoint."""
+    check_source(model)
+    found = PretrainedConfig.get_config_dict(model)[0].get("model_type")
+    if found != QGSAConfig.model_type:
+        raise ValueError(
+            f"model ({model}): must be a QGSA checkpoint, but its model type is {found!r}; give a dense checkpoint as "
+            "base_model"
+        )
+
+
+def build_models(
+    systems: list[str], base_model: str, model: str | None, tokenizer, device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Build the models of some systems, by the names that [`Timed`] gives them.
+
+    They share no weights, because each has a precision of its own. On a GPU all of them are in bfloat16.
+
+    Args:
+        systems: names in `SYSTEMS`.
+        base_model: Hub id or folder whose config gives the architecture of random weights.
+        model: QGSA checkpoint that runs all systems, the dense ones with `selection="dense"`; random weights without
+            it.
+        tokenizer: tokenizer of `base_model`.
+    """
+    models = {}
+    for name in {SYSTEMS[system].model for system in systems}:
+        if model is not None:
+            built = QGSASmolVLMForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+        else:
+            torch.manual_seed(0)
+            config = AutoConfig.from_pretrained(base_model)
+            built = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            if name in ("plain", "fast"):
+                built = QGSASmolVLMForConditionalGeneration.from_dense(built, tokenizer)
+        reduced = name == "bfloat16" or device.type == "cuda"
+        built = built.to(device, torch.bfloat16 if reduced else torch.float32).eval()
+        built.generation_config.eos_token_id = None  # all answers must have the same length
+        built.generation_config.use_cache = True  # training may have turned it off in the config
+        models[name] = built
+    return models
