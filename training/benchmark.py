@@ -27,7 +27,7 @@ from training.cli.arguments import parse
 from training.costs.flops import count_flops, estimate_flops
 from training.costs.meter import PARTS, now, peak_memory, time_answer, weight_bytes
 from training.costs.speed_report import write_speed
-from training.evaluation.systems import layout_of
+from training.methods.method import layout_of
 from training.methods.peers import PEERS
 
 

@@ -15,8 +15,9 @@ from torch.utils.data import Subset
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from training.data.cards import Cards
+from training.evaluation.answers import answer
 from training.evaluation.grading import score_rows
-from training.evaluation.systems import System, answer
+from training.evaluation.systems import System
 from training.harness import documents
 
 
