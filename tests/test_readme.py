@@ -97,8 +97,13 @@ def test_the_readme_holds_the_controls_of_the_demo():
     assert f"at {delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] with {tokens} and {tiles}" in words
     controls = f"random tokens at the same budget lose {delta['random'][1:]} pp"
     assert f"{controls}, a grey image loses {delta['blank-image'][1:]} pp" in words
+
+
 def test_the_results_page_holds_the_headline():
-    assert format_headline(read_rows("speed_256m_cpu"), read_rows("pareto_cards"), 2048) in (RESULTS / "README.md").read_text()
+    assert (
+        format_headline(read_rows("speed_256m_cpu"), read_rows("pareto_cards"), 2048)
+        in (RESULTS / "README.md").read_text()
+    )
 
 
 def test_the_results_page_holds_the_flops_of_the_formula():

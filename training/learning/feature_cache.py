@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from modeling_qgsa.vision_qgsa import Views
-from training.evaluation.systems import layout_of
 from training.learning.store import TensorStore, digest
+from training.methods.method import layout_of
 
 
 def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> TensorStore:

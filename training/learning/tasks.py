@@ -22,7 +22,8 @@ from training.evaluation.report import (
     plot_selections,
     write_results,
 )
-from training.evaluation.systems import DENSE, System, add_flops, evaluate_systems, standard_systems
+from training.evaluation.rows import add_flops, evaluate_systems
+from training.evaluation.systems import DENSE, System, choose_systems
 from training.learning.clip_alignment import PatchWordAlignment
 from training.learning.feature_cache import open_feature_cache
 from training.learning.store import TensorStore
@@ -81,7 +82,7 @@ def run_qgsa(preset: str, run, args, command: str):
 
     The task `evaluate` leaves the training out: it takes the checkpoint in the outputs folder.
     """
-    check_systems(run.systems)
+    choose_systems(run.systems.split(), None, None)  # complains before anything is trained
     if run.selection == "blocks" and run.feature_cache:
         raise ValueError(
             f"selection is 'blocks': it takes pixels, feature_cache {run.feature_cache!r} has whole tiles"
@@ -165,15 +166,6 @@ def load_alignment(run, args, side: int) -> PatchWordAlignment:
     return alignment
 
 
-def check_systems(systems: str):
-    """Raise ValueError, before anything is trained, for an unknown system, or where dense or qgsa is left out."""
-    wanted, known = set(systems.split()), [system.name for system in standard_systems(None, None)]
-    if wanted - set(known) or not {"dense", "qgsa"} <= wanted:
-        raise ValueError(
-            f"systems is {systems!r}: choose from {', '.join(known)}; dense and qgsa have to be among them"
-        )
-
-
 def add_adapters(model, rank: int, targets: str):
     """Freeze all but the selector and LoRA adapters of `rank` on the modules that the regex `targets` names.
 
@@ -193,8 +185,7 @@ def add_adapters(model, rank: int, targets: str):
 
 def evaluate_and_report(preset, run, args, command, dense, tuned, processor, test):
     """Evaluate the systems of `run` and write `results.json`, figures and card; print the tables."""
-    wanted = run.systems.split()
-    systems = [system for system in standard_systems(dense, tuned) if system.name in wanted]
+    systems = choose_systems(run.systems.split(), dense, tuned)
     rows = evaluate_systems(systems, test, processor, run.test_batch_size, run.max_new_tokens, args.seed, run.dataset)
     if not args.should_save:  # all processes have answered, the first one reports
         return

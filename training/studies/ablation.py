@@ -1,10 +1,10 @@
-"""Which losses of selection help, on cards: each variant trained with the same seeds, all asked the same questions.
+"""Which selection losses help, on cards: each variant trained with the same seeds and asked the same questions.
 
     python training/studies/ablation.py --max_steps 100
 
-Takes about an hour and a half on two cores. What is trained is kept: a run that was stopped goes on where it was, and
-several processes started alike share the work.
-Writes `ablation_cards.json` (one row a variant, with those of its seeds) and prints the table.
+Takes about an hour and a half on two cores. Trained models are kept: a stopped run resumes where it was, and several
+processes with the same arguments share the work. Further arguments are those of `training/run_qgsa.py`.
+Writes `ablation_cards.json` (one row per variant, with the rows of its seeds) and prints the table.
 """
 
 import sys
@@ -16,9 +16,12 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
-from training.data.sets import get_dataset, load_data
+from training.cli.arguments import errors_in_one_line
+from training.data.sets import load_data
+from training.evaluation.answers import answer
 from training.evaluation.report import write_results
-from training.evaluation.systems import DENSE, System, answer, bootstrap_interval, make_row
+from training.evaluation.rows import bootstrap_interval, grade_answers, make_row
+from training.evaluation.systems import DENSE, System
 from training.learning.tasks import load_base, train_selection
 from training.run_qgsa import last_checkpoint, parse_arguments
 
@@ -45,7 +48,7 @@ def trained(folder: Path) -> bool:
 
 
 def train_variant(run, args, name: str, seed: int):
-    """Train the model of a variant and a seed into its folder, unless it is there or another process is at it."""
+    """Train the model of a variant and a seed into its folder, unless it exists or another process is training it."""
     folder = folder_of(Path(args.output_dir), name, seed)
     if trained(folder):
         return
@@ -68,8 +71,7 @@ def mean_row(rows: list[dict], differences: np.ndarray) -> dict:
     """The row of a variant from those of its seeds.
 
     Args:
-        differences: `(seeds, n)`, right or wrong less that of dense; the interval is that of the mean over seeds, by
-            questions.
+        differences: `(seeds, n)`, grades minus those of dense; the interval is over questions, of the mean of seeds.
     """
     row = {
         name: float(np.mean([each[name] for each in rows]))
@@ -100,33 +102,42 @@ def format_ablation(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def evaluate_variants(run, args, output: Path, dense, processor, test) -> list[dict]:
+    """One row per variant, from the trained models in `output`, on the questions `test`, paired with `dense`."""
+    dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer).to(args.device)
+    systems = [System("dense", dense, DENSE)]
+    for name in VARIANTS:
+        for seed in SEEDS:
+            model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder_of(output, name, seed)).to(args.device)
+            systems.append(System(f"{name}, seed {seed}", model))
+    everything, samples = answer(systems, test, processor, run.test_batch_size, run.max_new_tokens)
+    grades = grade_answers(run.dataset, everything, samples)
+    rows = [
+        make_row(system.name, answers, samples, own, grades[0])
+        for system, answers, own in zip(systems, everything, grades)
+    ]
+    summary = []
+    for number, name in enumerate(VARIANTS):
+        seeds = slice(1 + number * len(SEEDS), 1 + (number + 1) * len(SEEDS))
+        row = mean_row(rows[seeds], grades[seeds] - grades[0])
+        summary.append({"system": "qgsa", "variant": name, **row, "seeds": rows[seeds]})
+    return summary
+
+
 def main():
-    _, run, args = parse_arguments(["--output_dir", "outputs/ablation", *sys.argv[1:]], __doc__)
+    with errors_in_one_line():
+        _, run, args = parse_arguments(["--output_dir", "outputs/ablation", *sys.argv[1:]], __doc__)
+        dense, processor = load_base(run)
+        _, test = load_data(run, args.seed)
     output = Path(args.output_dir)
     variants = [(name, seed) for name in VARIANTS for seed in SEEDS]
     for name, seed in variants:
         train_variant(run, args, name, seed)
-    missing = [str(folder_of(output, *variant)) for variant in variants if not trained(folder_of(output, *variant))]
+    folders = [folder_of(output, *variant) for variant in variants]
+    missing = [str(folder) for folder in folders if not trained(folder)]
     if missing:
-        raise SystemExit(f"{len(missing)} of {len(variants)} models are still to come: {', '.join(missing)}")
-    dense, processor = load_base(run)
-    dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer).to(args.device)
-    _, test = load_data(run, args.seed)
-    systems = [System("dense", dense, DENSE)]
-    for name, seed in variants:
-        model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder_of(output, name, seed)).to(args.device)
-        systems.append(System(f"{name}, seed {seed}", model))
-    everything, samples = answer(systems, test, processor, run.test_batch_size, run.max_new_tokens)
-    right = [get_dataset(run.dataset).grade_all(answers.predictions, samples) for answers in everything]
-    rows = [
-        make_row(system.name, answers, samples, one, right[0])
-        for system, answers, one in zip(systems, everything, right)
-    ]
-    summary = []
-    for number, name in enumerate(VARIANTS):
-        of_seeds = slice(1 + number * len(SEEDS), 1 + (number + 1) * len(SEEDS))
-        row = mean_row(rows[of_seeds], np.array(right[of_seeds]) - right[0])
-        summary.append({"system": "qgsa", "variant": name, **row, "seeds": rows[of_seeds]})
+        sys.exit(f"{len(missing)} of {len(variants)} models are not trained yet: {', '.join(missing)}")
+    summary = evaluate_variants(run, args, output, dense, processor, test)
     name = "ablation_cards.json" if run.eval_split == "test" else f"ablation_cards_{run.eval_split}.json"
     write_results(output / name, "demo", run.dataset, len(test), list(SEEDS), summary, run.eval_split)
     print(format_ablation(summary))

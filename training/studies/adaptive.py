@@ -1,9 +1,9 @@
-"""Does it pay to choose the budget by the question? Adaptive selection against fixed budgets (m, k), on cards.
+"""Does a budget per question pay? Adaptive selection against fixed budgets (m, k), on cards.
 
-    python training/studies/adaptive.py --checkpoint outputs/demo --output_dir outputs/adaptive
+    python training/studies/adaptive.py --model outputs/demo --output_dir outputs/adaptive
 
-A few minutes on two cores after the demo. Every fixed budget is the same checkpoint with the same selector, told to
-spend the same on every question. Writes `adaptive_cards.json`, a table and a figure of tokens against complexity.
+Takes a few minutes on two cores after the demo. Every fixed budget is the same checkpoint with the same selector, told
+to spend the same on every question. Writes `adaptive_cards.json`, a table and a figure of tokens against complexity.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.cli.arguments import check_source, parse
+from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import FAMILIES, Cards
 from training.data.collator import QuestionCollator
 from training.evaluation.report import write_results
-from training.evaluation.systems import DENSE, System, add_flops, evaluate_systems
+from training.evaluation.rows import add_flops, evaluate_systems
+from training.evaluation.systems import DENSE, System
+from training.studies.checkpoints import RENAMED, base_model_of, load_dense, load_model
 
 
 FIXED = [(0, 8), (0, 16), (1, 8), (1, 16), (1, 32), (2, 16), (2, 32), (2, 48), (3, 32), (3, 60)]
@@ -25,13 +26,16 @@ FIXED = [(0, 8), (0, 16), (1, 8), (1, 16), (1, 32), (2, 16), (2, 32), (2, 48), (
 
 @dataclass
 class AdaptiveArguments:
-    """What to compare, and on how many questions."""
+    """Model to study, and the number of questions."""
 
-    checkpoint: str = field(default="outputs/demo", metadata={"help": "QGSA checkpoint, trained on cards."})
-    base_model: str = field(default="hub_cards/tiny-dense", metadata={"help": "The dense model it was made from."})
-    split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
-    size: int = field(default=2000, metadata={"help": "How many of them."})
-    output_dir: str = field(default="outputs/adaptive", metadata={"help": "Where results and figure go."})
+    model: str = field(default="outputs/demo", metadata={"help": "QGSA checkpoint, trained on cards."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Dense checkpoint that it is made from; by default as in its run.json."},
+    )
+    eval_split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
+    test_size: int = field(default=2000, metadata={"help": "Number of questions."})
+    output_dir: str = field(default="outputs/adaptive", metadata={"help": "Folder for results and figure."})
 
 
 def fixed(model, tiles: int, tokens: int) -> System:
@@ -59,7 +63,7 @@ def format_adaptive(rows: list[dict]) -> str:
 
 
 def format_spending(adaptive: dict, best: dict) -> str:
-    """What each family needs, gets and answers, adaptive beside the best fixed budget, as a Markdown table."""
+    """Per family, the tiles it needs, its budget and its accuracy, adaptive and best fixed, as a Markdown table."""
     lines = [
         f"| family | tiles needed | tokens k | tiles m | adaptive | {best['system'].removeprefix('qgsa, ')} |",
         "|---|---|---|---|---|---|",
@@ -73,16 +77,16 @@ def format_spending(adaptive: dict, best: dict) -> str:
 
 
 def plot_spending(model, processor, questions, path: Path):
-    """Visual tokens kept against the estimated complexity, one point a question, coloured and moved by its family."""
+    """Plot visual tokens kept against estimated complexity, one point per question, coloured by family."""
     tokens, samples, complexity = spend(model, processor, questions)
     families, tokens = np.array([sample["family"] for sample in samples]), np.array(tokens)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     rng = np.random.default_rng(0)
     for number, family in enumerate(FAMILIES):
-        of = families == family
-        # Side by side: most questions of a family share one complexity, and several families the same.
-        x = complexity[of] + 0.012 * (number - len(FAMILIES) / 2) + rng.uniform(-0.004, 0.004, of.sum())
-        y = tokens[of] + rng.uniform(-0.8, 0.8, of.sum())
+        own = families == family
+        # Families are moved apart: most questions of a family, and several families, share one complexity.
+        x = complexity[own] + 0.012 * (number - len(FAMILIES) / 2) + rng.uniform(-0.004, 0.004, own.sum())
+        y = tokens[own] + rng.uniform(-0.8, 0.8, own.sum())
         axes.scatter(x, y, s=9, alpha=0.6, label=f"{family} ({FAMILIES[family][0]})")
     axes.set_xlabel("estimated complexity of the question (families moved apart a little)")
     axes.set_ylabel("visual tokens kept, k")
@@ -93,7 +97,7 @@ def plot_spending(model, processor, questions, path: Path):
 
 
 def spend(model, processor, questions, batch_size: int = 50):
-    """Visual tokens of every question, the samples, and the complexities `(n,)`."""
+    """Visual tokens per question, the samples, and the complexities `(n,)`."""
     collate, tokens, samples, complexity = QuestionCollator(processor, with_answer=False), [], [], []
     for start in range(0, len(questions), batch_size):
         batch = [questions[index] for index in range(start, min(start + batch_size, len(questions)))]
@@ -105,22 +109,21 @@ def spend(model, processor, questions, batch_size: int = 50):
 
 
 def main():
-    run = parse(AdaptiveArguments, __doc__)
-    check_source(run.checkpoint)
-    check_source(run.base_model)
+    run = parse(AdaptiveArguments, __doc__, RENAMED)
+    with errors_in_one_line():
+        base_model = base_model_of(run.model, run.base_model)
+        model = load_model(run.model)
+        dense, processor = load_dense(base_model)
+        questions, shown = (Cards(run.eval_split, size) for size in (run.test_size, min(run.test_size, 500)))
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")
-    dense = QGSASmolVLMForConditionalGeneration.from_dense(run.base_model)
-    model = QGSASmolVLMForConditionalGeneration.from_pretrained(run.checkpoint).eval()
-    questions = Cards(run.split, run.size)
     systems = [System("dense", dense, DENSE), System("qgsa", model), *(fixed(model, *budget) for budget in FIXED)]
     rows = evaluate_systems(systems, questions, processor, batch_size=50, max_new_tokens=8)
-    # What an adaptive budget costs is different for every question, a fixed one but for the length of the prompt.
     add_flops(rows, systems, questions, processor, max_new_tokens=8, questions=100)
+    # The cost of an adaptive budget differs per question; that of a fixed one only by the length of the prompt.
     add_flops(rows[1:2], systems[1:2], questions, processor, max_new_tokens=8, questions=len(questions))
-    write_results(output / "adaptive_cards.json", "demo", "cards", len(questions), 0, rows, run.split)
-    plot_spending(model, processor, Cards(run.split, min(run.size, 500)), output / "adaptive_cards.png")
+    write_results(output / "adaptive_cards.json", "demo", "cards", len(questions), 0, rows, run.eval_split)
+    plot_spending(model, processor, shown, output / "adaptive_cards.png")
     best = best_fixed(rows[2:], rows[1])
     print(f"{format_adaptive(rows)}\n\nThe best fixed budget at its cost: {best['system']}\n")
     print(format_spending(rows[1], best))

@@ -1,44 +1,46 @@
-"""Accuracy against cost on cards: QGSA, its variants, four published pruning methods and the controls at equal k.
+"""Accuracy against cost on cards: QGSA, its variants and every method of `training/methods` at equal k.
 
-    python training/studies/pareto.py --checkpoint outputs/demo --blocks_checkpoint outputs/demo_blocks
+    python training/studies/pareto.py --model outputs/demo --blocks_model outputs/demo_blocks
 
-All that prune use one checkpoint's text model, which was trained to read few tokens; what they are compared by is what
-they keep. Tiles are encoded once for all systems, so seconds say nothing here (`training/benchmark.py` times), FLOPs
-are counted with every system on its own. Writes `pareto_cards.json`, the table and a plot.
+All systems that prune share the text model of one checkpoint, trained to read few tokens; the comparison is about the
+tokens that they keep. Tiles are encoded once for all systems, so seconds mean nothing here (`training/benchmark.py`
+times); FLOPs are counted with every system on its own. Writes `pareto_cards.json`, the table and a plot.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
 
-from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.cli.arguments import check_source, parse
+from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards
 from training.evaluation.report import write_results
-from training.evaluation.systems import DENSE, System, add_flops, evaluate_systems
-from training.methods.baselines import centre_scores, random_scores
-from training.methods.peers import PEERS
+from training.evaluation.rows import add_flops, evaluate_systems
+from training.evaluation.systems import DENSE, System
+from training.methods import METHODS
+from training.studies.checkpoints import RENAMED, base_model_of, load_dense, load_model
 
 
-BUDGETS = {8: 1, 17: 1, 32: 3, 64: 8}  # tiles at each number of tokens, for what looks at tiles
+BUDGETS = {8: 1, 17: 1, 32: 3, 64: 8}  # tiles per number of tokens, for systems that choose tiles
 
 
 @dataclass
 class ParetoArguments:
-    """What to compare, and on how many questions."""
+    """Models to compare, and the number of questions."""
 
-    checkpoint: str = field(default="outputs/demo", metadata={"help": "QGSA checkpoint, trained on cards."})
-    blocks_checkpoint: str | None = field(
-        default=None, metadata={"help": "The same with adapters for blocks; the first one without it."}
+    model: str = field(default="outputs/demo", metadata={"help": "QGSA checkpoint, trained on cards."})
+    blocks_model: str | None = field(
+        default=None, metadata={"help": "The same with adapters for blocks; --model by default."}
     )
-    base_model: str = field(default="hub_cards/tiny-dense", metadata={"help": "The dense model they were made from."})
-    split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
-    size: int = field(default=2000, metadata={"help": "How many of them."})
-    flops_questions: int = field(default=100, metadata={"help": "Of how many the FLOPs are counted."})
-    output_dir: str = field(default="outputs/pareto", metadata={"help": "Where results and plot go."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Dense checkpoint that they are made from; by default as in --model's run.json."},
+    )
+    eval_split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
+    test_size: int = field(default=2000, metadata={"help": "Number of questions."})
+    flops_questions: int = field(default=100, metadata={"help": "Number of questions whose FLOPs are counted."})
+    output_dir: str = field(default="outputs/pareto", metadata={"help": "Folder for results and plot."})
 
 
 def spend(tiles: int, tokens: int, selection: str) -> dict:
@@ -47,8 +49,8 @@ def spend(tiles: int, tokens: int, selection: str) -> dict:
     return {"selection": selection} | fixed
 
 
-def systems_of(dense, model, blocks) -> list[System]:
-    """Dense and the controls, QGSA with its own budgets, and everything at each k."""
+def make_systems(dense, model, blocks) -> list[System]:
+    """Dense and its cheaper settings, QGSA with its own budgets, then every method and QGSA at each k."""
     half = {"size": {"longest_edge": 128}}
     systems = [
         System("dense", dense, DENSE),
@@ -59,22 +61,19 @@ def systems_of(dense, model, blocks) -> list[System]:
         System("qgsa-blocks", blocks, {"selection": "blocks"}),
     ]
     for tokens, tiles in BUDGETS.items():
-        for name, scores in (("random", random_scores), ("centre", centre_scores)):
-            options = spend(tiles, tokens, "before_encoder")
-            systems.append(System(f"{name}, k = {tokens}", model, options, scores=scores))
-        for name, peer in PEERS.items():
-            systems.append(System(f"{name}, k = {tokens}", model, spend(16, tokens, "after_encoder"), peer=peer))
-        for name, of, selection in (
+        for name, method in METHODS.items():
+            systems.append(System(f"{name}, k = {tokens}", model, spend(tiles, tokens, method.selection), method))
+        for name, pruned, selection in (
             ("qgsa-after-encoder", model, "after_encoder"),
             ("qgsa", model, "before_encoder"),
             ("qgsa-blocks", blocks, "blocks"),
         ):
-            systems.append(System(f"{name}, k = {tokens}", of, spend(tiles, tokens, selection)))
+            systems.append(System(f"{name}, k = {tokens}", pruned, spend(tiles, tokens, selection)))
     return systems
 
 
 def pareto_front(rows: list[dict]) -> set[str]:
-    """Names of the rows that no other is both as accurate as and cheaper than, or as cheap as and more accurate."""
+    """Names of the rows that no other row beats: as accurate for less, or more accurate for as much."""
 
     def beaten(row):
         cost, accuracy = row["flops"]["total"], row["accuracy"]
@@ -106,17 +105,17 @@ def format_pareto(rows: list[dict]) -> str:
 
 
 def plot_pareto(rows: list[dict], path: Path):
-    """Δ to dense against all FLOPs of an answer, a line a method."""
+    """Plot Δ to dense against the FLOPs of an answer, one line per method."""
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     axes.set_prop_cycle(color=plt.cm.tab20.colors)
     names = dict.fromkeys(row["system"].partition(", k")[0] for row in rows)
     for name in names:
-        of = [row for row in rows if row["system"].startswith(f"{name}, k")]
-        of = sorted((row["flops"]["total"] / 1e9, row["delta_vs_dense_pp"]) for row in of)
+        line = [row for row in rows if row["system"].startswith(f"{name}, k")]
+        line = sorted((row["flops"]["total"] / 1e9, row["delta_vs_dense_pp"]) for row in line)
         ours = name.startswith("qgsa") and name != "qgsa-after-encoder"
-        if of:
-            axes.plot(*zip(*of), marker="o", label=name, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7)
-    for name in names:  # without a fixed k: dense, its cheaper settings, and QGSA with its own budgets
+        if line:
+            axes.plot(*zip(*line), marker="o", label=name, linewidth=2.5 if ours else 1, alpha=1 if ours else 0.7)
+    for name in names:  # no fixed k: dense, its cheaper settings, and QGSA with its own budgets
         for row in (row for row in rows if row["system"] == name):
             label = f"{name}, own budgets" if name.startswith("qgsa") else name
             axes.plot(row["flops"]["total"] / 1e9, row["delta_vs_dense_pp"], marker="*", ls="", ms=11, label=label)
@@ -131,26 +130,31 @@ def plot_pareto(rows: list[dict], path: Path):
     plt.close(figure)
 
 
+def check_same_encoder(dense, model, names: tuple[str, str]):
+    """Raise ValueError unless both models, called `names`, have the same vision encoder: features are shared."""
+    own = model.model.vision_model.state_dict()
+    for weight, value in dense.model.vision_model.state_dict().items():
+        if not torch.equal(value, own[weight]):
+            raise ValueError(f"base_model ({names[0]}): its encoder differs from that of model {names[1]} in {weight}")
+
+
 def main():
-    run = parse(ParetoArguments, __doc__)
-    for name in filter(None, (run.checkpoint, run.blocks_checkpoint, run.base_model)):
-        check_source(name)
+    run = parse(ParetoArguments, __doc__, RENAMED)
+    with errors_in_one_line():
+        base_model = base_model_of(run.model, run.base_model)
+        model = load_model(run.model)
+        blocks = load_model(run.blocks_model) if run.blocks_model else model
+        dense, processor = load_dense(base_model)
+        check_same_encoder(dense, model, (base_model, run.model))
+        questions = Cards(run.eval_split, run.test_size)
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    processor = QGSAProcessor.from_pretrained(run.base_model, backend="pil")
-    load = partial(QGSASmolVLMForConditionalGeneration.from_pretrained, dtype="float32")
-    model = load(run.checkpoint).eval()
-    blocks = load(run.blocks_checkpoint).eval() if run.blocks_checkpoint else model
-    dense = QGSASmolVLMForConditionalGeneration.from_dense(run.base_model)
-    for name, weight in dense.model.vision_model.state_dict().items():
-        if not torch.equal(weight, model.model.vision_model.state_dict()[name]):
-            raise ValueError(f"checkpoint {run.checkpoint} has not the encoder of base_model {run.base_model}: {name}")
-    systems, questions = systems_of(dense, model, blocks), Cards(run.split, run.size)
+    systems = make_systems(dense, model, blocks)
     rows = evaluate_systems(systems, questions, processor, 50, max_new_tokens=8, share_features=True)
     add_flops(rows, systems, questions, processor, max_new_tokens=8, questions=run.flops_questions)
-    for row in rows:  # of shared features
+    for row in rows:  # meaningless with shared features
         del row["seconds_median"], row["speedup_vs_dense"]
-    write_results(output / "pareto_cards.json", "demo", "cards", len(questions), 0, rows, run.split)
+    write_results(output / "pareto_cards.json", "demo", "cards", len(questions), 0, rows, run.eval_split)
     plot_pareto(rows, output / "pareto_cards.png")
     print(format_pareto(rows))
 

@@ -16,7 +16,8 @@ from torch.utils.data import Subset
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from training.data.cards import CARDS, Cards
 from training.data.sets import DATASETS, get_dataset
-from training.evaluation.systems import System, answer
+from training.evaluation.answers import answer
+from training.evaluation.systems import System
 from training.harness import documents
 
 

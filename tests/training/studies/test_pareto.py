@@ -1,6 +1,11 @@
+import pytest
+import torch
+
 from training.data.cards import Cards
-from training.evaluation.systems import DENSE, System, evaluate_systems
-from training.studies.pareto import BUDGETS, format_pareto, pareto_front, spend, systems_of
+from training.evaluation.rows import evaluate_systems
+from training.evaluation.systems import DENSE, System
+from training.methods import METHODS
+from training.studies.pareto import BUDGETS, check_same_encoder, format_pareto, make_systems, pareto_front, spend
 
 
 def row(name, flops, accuracy):
@@ -14,10 +19,23 @@ def test_the_front_is_what_nothing_beats():
 
 
 def test_every_method_is_there_at_every_budget():
-    names = [system.name for system in systems_of(None, None, None)]
+    systems = make_systems(None, None, None)
+    names = [system.name for system in systems]
     for tokens in BUDGETS:
-        for method in ("random", "centre", "fastv", "visionzip", "divprune", "cdpruner", "qgsa", "qgsa-blocks"):
-            assert f"{method}, k = {tokens}" in names
+        for name in (
+            "random",
+            "centre",
+            "fastv",
+            "visionzip",
+            "divprune",
+            "cdpruner",
+            "qgsa",
+            "qgsa-blocks",
+            *METHODS,
+        ):
+            assert names.count(f"{name}, k = {tokens}") == 1
+            assert systems[names.index(f"{name}, k = {tokens}")].method is METHODS.get(name)
+    assert {"random", "centre", "fastv", "visionzip", "divprune", "cdpruner"} <= set(METHODS)
     assert names[0] == "dense" and {"blank-image", "dense-half-resolution"} <= set(names)
     assert list(BUDGETS) == [8, 17, 32, 64]
 
@@ -49,3 +67,14 @@ def test_the_table_marks_the_front():
     ]
     table = format_pareto(rows)
     assert "| **qgsa** | +0.0 [-1.0, +1.0] | 17.0 | 1.00 | 1.000 | 1.000 | 2.000 |" in table and "| dense |" in table
+
+
+def test_another_encoder_cannot_share_features(make_model, model):
+    other = make_model()
+    check_same_encoder(model, other, ("a", "b"))
+    with torch.no_grad():
+        other.model.vision_model.post_layernorm.weight[0] += 1
+    with pytest.raises(
+        ValueError, match=r"base_model \(a\): its encoder differs from that of model b in post_layernorm"
+    ):
+        check_same_encoder(model, other, ("a", "b"))

@@ -1,0 +1,141 @@
+"""The signature that all selection methods share: `score(given)` returns one score per visual token.
+
+A method is a function and a line that names it, in a file of its own; `training/methods/__init__.py` lists them all.
+Sizes in the docstrings: B samples, I images, T tiles (global views included), P visual tokens per tile, D the width of
+the text model, n the visual tokens of one image. Tiles, images and tokens are in prompt order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.selection_qgsa import VisualLayout, read_layout
+from modeling_qgsa.vision_qgsa import Views
+
+
+def layout_of(config, input_ids: torch.LongTensor) -> VisualLayout:
+    """The layout of the tiles in `input_ids` `(B, L)`, read from the marker tokens of a [`QGSAConfig`]."""
+    return read_layout(
+        input_ids,
+        config.tokens_per_tile,
+        config.image_token_id,
+        config.global_image_token_id,
+        config.tile_token_ids,
+    )
+
+
+@torch.no_grad()
+def encode_all(model, inputs: dict) -> torch.Tensor:
+    """Features of every tile, `(T, P, D)`: `image_hidden_states` of the inputs if given, else encoded from pixels."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    layout = layout_of(model.config, inputs["input_ids"])
+    views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states"))
+    return model.model.encode_tiles(views, layout, torch.ones_like(layout.is_global))
+
+
+def budget_per_image(model, inputs: dict, layout: VisualLayout, budget: Budget, features: torch.Tensor) -> list[int]:
+    """The number of visual tokens that `budget` allows each image, as the complexity of its question says.
+
+    The glance is read from `features` `(T, P, D)`, so that nothing is encoded for it.
+    """
+    if budget.min_visual_tokens == budget.max_visual_tokens:
+        return [budget.max_visual_tokens] * len(layout.grids)
+    prompt = Prompt.of(inputs["input_ids"], inputs.get("attention_mask"))
+    glance = model.model.glance_and_point(prompt, Views(None, features=features), inputs.get("question_mask"))
+    return budget.resolve(glance.complexity)[1].tolist()
+
+
+@dataclass
+class MethodInputs:
+    """The material that a method may score by, computed when it is first asked for.
+
+    Args:
+        model: a [`QGSASmolVLMForConditionalGeneration`] in eval mode.
+        inputs: inputs of `generate`, on the model's device.
+        layout: [`VisualLayout`] of `inputs["input_ids"]`.
+        budget: visual tokens to keep per image, or a [`Budget`] that depends on each question's complexity.
+        generator: CPU source of random numbers; torch's global one if None.
+    """
+
+    model: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    layout: VisualLayout
+    budget: int | Budget
+    generator: torch.Generator | None = None
+
+    @cached_property
+    def features(self) -> torch.Tensor:
+        """Features of every tile, `(T, P, D)`; each is encoded once."""
+        return encode_all(self.model, self.inputs)
+
+    @cached_property
+    def k(self) -> list[int]:
+        """Visual tokens to keep, one number per image; it may exceed the image's n."""
+        if isinstance(self.budget, int):
+            return [self.budget] * len(self.layout.grids)
+        return budget_per_image(self.model, self.inputs, self.layout, self.budget, self.features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, and the number of tiles of the sample that has most."""
+        samples = len(self.layout.tile_of_position)
+        return samples, int(torch.bincount(self.layout.tile_sample, minlength=samples).max())
+
+    def by_image(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of all tokens, `(T, P, ...)`, as one tensor `(n, ...)` per image."""
+        tiles = torch.bincount(self.layout.tile_image, minlength=len(self.layout.grids))
+        return values.flatten(0, 1).split((tiles * self.layout.tokens_per_tile).tolist())
+
+    def order_scores(self, orders: list[torch.LongTensor]) -> torch.Tensor:
+        """Scores `(T, P)` that fall along the order in which tokens were picked; -1 for those that were not.
+
+        Args:
+            orders: per image, the picked ones of its n tokens, best first.
+        """
+        scores = torch.full(self.layout.token_positions.shape, -1.0, device=self.layout.tile_start.device)
+        for picked, row in zip(orders, self.by_image(scores)):  # the rows are views of `scores`
+            row[picked] = torch.arange(len(picked), 0, -1, dtype=torch.float32, device=row.device)
+        return scores
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose visual tokens: the k with the highest scores of each image are kept.
+
+    Args:
+        name: as in `results.json` and `--systems`.
+        score: takes [`MethodInputs`] and returns scores, `(T, P)` float; or features `(T, P, D)` and scores, if it
+            changes the features. It never sees an answer.
+        selection: "after_encoder" for a method that needs every tile encoded; "before_encoder" for a control, whose
+            scores need no features and choose the tiles too (a tile's score is the highest of its tokens).
+        paper: where the method is published.
+    """
+
+    name: str
+    score: Callable[[MethodInputs], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
+    selection: str = "after_encoder"
+    paper: str = ""
+
+    @torch.no_grad()
+    def options(
+        self, model, inputs: dict, layout: VisualLayout, k: int | Budget, generator: torch.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Options of `generate` that make it keep this method's tokens; arguments as in [`MethodInputs`].
+
+        They take precedence over `inputs` of the same name.
+
+        Returns `visual_token_scores` `(B, N)` float32, where N is the largest number of visual tokens in a sample and
+        0 stands beyond a sample's own; for "after_encoder" also `image_hidden_states` `(T, P, D)`.
+        """
+        given = MethodInputs(model, inputs, layout, k, generator)
+        scores, options = self.score(given), {}
+        if self.selection == "after_encoder":
+            features, scores = scores if isinstance(scores, tuple) else (given.features, scores)
+            options["image_hidden_states"] = features
+        rows = scores.new_zeros(*given.shape, layout.tokens_per_tile, dtype=torch.float32)
+        rows = rows.index_put((layout.tile_sample, layout.tile_ordinal), scores.float())
+        return options | {"visual_token_scores": rows.flatten(1)}
