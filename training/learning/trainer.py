@@ -1,12 +1,11 @@
 """HF Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers."""
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.prompt_qgsa import Prompt
@@ -15,59 +14,7 @@ from training.learning.feature_cache import with_features
 from training.learning.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
 from training.learning.store import TensorStore
 from training.learning.teachers import cheapest_sufficient, tile_utility, visual_attention
-
-
-@dataclass
-class QGSATrainingArguments(TrainingArguments):
-    """Arguments of Trainer and of the losses of selection."""
-
-    start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
-    end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
-    answer_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the answer loss through the relaxed selection."}
-    )
-    utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
-    utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
-    attention_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the attention teacher; 0 leaves it out."}
-    )
-    attention_share: float = field(
-        default=0.25, metadata={"help": "Share of a batch that the attention teacher is asked about: it is costly."}
-    )
-    neutral_question: str | None = field(
-        default=None,
-        metadata={
-            "help": "The attention teacher's attention is divided by that under this question, if one is given."
-        },
-    )
-    contrastive_weight: float = field(
-        default=0.0, metadata={"help": "Weight of contrastive patch selection; 0 leaves it out."}
-    )
-    patch_word_weight: float = field(
-        default=0.0, metadata={"help": "Weight of patch-word alignment with a frozen CLIP; 0 leaves it out."}
-    )
-    patch_word_temperature: float = field(
-        default=0.5, metadata={"help": "Softmax temperature over CLIP's similarity of cells and words."}
-    )
-    complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
-    complexity_learning_rate: float = field(
-        default=3e-3, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
-    )
-    adapter_learning_rate: float = field(
-        default=3e-4, metadata={"help": "Learning rate of the LoRA adapters; learning_rate is the selector's."}
-    )
-    complexity_start: float = field(
-        default=0.4,
-        metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
-    )
-    complexity_tolerance: float = field(
-        default=0.1,
-        metadata={"help": "A budget suffices when the mean p of the answer's tokens is at most this far below dense."},
-    )
-    target_visual_tokens: float | None = field(
-        default=None, metadata={"help": "Mean visual tokens an image to hold; what the questions need without it."}
-    )
-    budget_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from that target."})
+from training.learning.training_arguments import QGSATrainingArguments
 
 
 class QGSATrainer(Trainer):

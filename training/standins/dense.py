@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, render
 from training.data.collator import QuestionCollator
 from training.standins.lessons import Lesson, LessonCollator, Lessons, WordCollator
@@ -187,22 +188,19 @@ def exact_match_by_family(dataset: Cards):
     return compute_metrics
 
 
-def train_dense(model, processor, args, words: str, tower_samples: int, pictures: str, validation_size: int):
-    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes where it stopped.
+def train_dense(model, processor, args: TrainingArguments, stand_in: StandInArguments):
+    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; continues an interrupted training.
 
-    Args:
-        words, pictures: lessons of step 1 and step 3, see `parse_stages`.
-        tower_samples: single tiles and thumbnails of step 2.
-        validation_size: number of validation questions for each evaluation of step 3.
+    Raises ValueError if the stages of `stand_in` cannot be parsed, see `parse_stages`.
     """
-    picture_lessons = lessons_of(pictures, args, args.seed + 100, drawn=True)
+    picture_lessons = lessons_of(stand_in.pictures, args, args.seed + 100, drawn=True)
     if not list(Path(args.output_dir).glob("checkpoint-*")):
         reader = stage_arguments(args, "words")
-        word_lessons = lessons_of(words, args, args.seed, drawn=False)
+        word_lessons = lessons_of(stand_in.words, args, args.seed, drawn=False)
         train_resumable(WordTrainer(model, reader, WordCollator(processor), word_lessons))
-        train_tower(model, processor, args, tower_samples)
+        train_tower(model, processor, args, stand_in.tower_samples)
     model.model.vision_model.requires_grad_(False)
-    validation = Cards("validation", validation_size, args.seed)
+    validation = Cards("validation", stand_in.validation_size, args.seed)
     lessons, questions = LessonCollator(processor), QuestionCollator(processor)
 
     def collate(samples):

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from modeling_qgsa import QGSAProcessor
 from training.data.cards import FAMILIES, make_question, make_scene
 
 
@@ -145,6 +146,13 @@ def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneratio
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end_id, pad_token_id=tokenizer.pad_token_id
     )
     return model
+
+
+def build_stand_in(texts=None, longest_edge: int = 256) -> tuple[Idefics3ForConditionalGeneration, QGSAProcessor]:
+    """A fresh stand-in and a QGSA processor for it; arguments as in `build_processor`."""
+    stock = build_processor(texts, longest_edge)
+    parts = {"image_seq_len": stock.image_seq_len, "chat_template": stock.chat_template}
+    return build_model(stock), QGSAProcessor(stock.image_processor, stock.tokenizer, **parts)
 
 
 @torch.no_grad()

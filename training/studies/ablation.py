@@ -16,12 +16,15 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from training.cli.presets import parse_arguments
 from training.data.load import load_data
 from training.evaluation.grading import score_rows
 from training.evaluation.report import write_results
 from training.evaluation.systems import DENSE, System, answer, bootstrap_interval, make_row
-from training.learning.tasks import load_base, train_selection
-from training.run_qgsa import last_checkpoint, parse_arguments
+from training.learning.output import last_checkpoint
+from training.learning.train import train_selection
+from training.learning.training_arguments import GROUPS, LossArguments, QGSATrainingArguments
+from training.standins.loading import load_base
 
 
 SEEDS = (1, 2, 3)
@@ -45,7 +48,7 @@ def trained(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def train_variant(run, args, name: str, seed: int):
+def train_variant(groups: list, args, name: str, seed: int):
     """Train the model of a variant and a seed into its folder, unless it is there or another process is at it."""
     folder = folder_of(Path(args.output_dir), name, seed)
     if trained(folder):
@@ -58,9 +61,11 @@ def train_variant(run, args, name: str, seed: int):
             args = replace(args, output_dir=str(folder), seed=seed, **weights)
             args.resume_from_checkpoint = last_checkpoint(folder)
             set_seed(seed)
-            dense, processor = load_base(run)
-            train, _ = load_data(run, seed)
-            train_selection(dense, processor, run, args, train).save_pretrained(folder)
+            model, data, selection, _, features = groups
+            dense, processor = load_base(model)
+            train, _ = load_data(data, seed)
+            tuned = train_selection(dense, processor, train, model, selection, features, args)
+            tuned.save_pretrained(folder)
     except Timeout:
         print(f"{name}, seed {seed} is being trained by another process", flush=True)
 
@@ -102,23 +107,27 @@ def format_ablation(rows: list[dict]) -> str:
 
 
 def main():
-    _, run, args = parse_arguments(["--output_dir", "outputs/ablation", *sys.argv[1:]], __doc__)
+    arguments = ["--output_dir", "outputs/ablation", *sys.argv[1:]]
+    _, *groups, args = parse_arguments(
+        arguments, __doc__, (*GROUPS, QGSATrainingArguments), shown=(*GROUPS, LossArguments)
+    )
+    model_arguments, data, _, evaluation, _ = groups
     output = Path(args.output_dir)
     variants = [(name, seed) for name in VARIANTS for seed in SEEDS]
     for name, seed in variants:
-        train_variant(run, args, name, seed)
+        train_variant(groups, args, name, seed)
     missing = [str(folder_of(output, *variant)) for variant in variants if not trained(folder_of(output, *variant))]
     if missing:
         raise SystemExit(f"{len(missing)} of {len(variants)} models are still to come: {', '.join(missing)}")
-    dense, processor = load_base(run)
+    dense, processor = load_base(model_arguments)
     dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer).to(args.device)
-    _, test = load_data(run, args.seed)
+    _, test = load_data(data, args.seed)
     systems = [System("dense", dense, DENSE)]
     for name, seed in variants:
         model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder_of(output, name, seed)).to(args.device)
         systems.append(System(f"{name}, seed {seed}", model))
-    everything, samples = answer(systems, test, processor, run.test_batch_size, run.max_new_tokens)
-    right = [score_rows(run.dataset, answers.predictions, samples) for answers in everything]
+    everything, samples = answer(systems, test, processor, evaluation.test_batch_size, evaluation.max_new_tokens)
+    right = [score_rows(data.dataset, answers.predictions, samples) for answers in everything]
     rows = [
         make_row(system.name, answers, samples, one, right[0])
         for system, answers, one in zip(systems, everything, right)
@@ -128,8 +137,8 @@ def main():
         of_seeds = slice(1 + number * len(SEEDS), 1 + (number + 1) * len(SEEDS))
         row = mean_row(rows[of_seeds], np.array(right[of_seeds]) - right[0])
         summary.append({"system": "qgsa", "variant": name, **row, "seeds": rows[of_seeds]})
-    name = "ablation_cards.json" if run.eval_split == "test" else f"ablation_cards_{run.eval_split}.json"
-    write_results(output / name, "demo", run.dataset, len(test), list(SEEDS), summary, run.eval_split)
+    name = "ablation_cards.json" if data.eval_split == "test" else f"ablation_cards_{data.eval_split}.json"
+    write_results(output / name, "demo", data.dataset, len(test), list(SEEDS), summary, data.eval_split)
     print(format_ablation(summary))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, make_scene
 from training.standins.dense import (
     Tiles,
@@ -168,7 +169,8 @@ def test_a_few_steps_of_all_three(make_dense, processor, tmp_path, capsys):
     model = make_dense("idefics3")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
-    trained = train_dense(model, processor, args, "2x2:2", 64, "2x2:2 4x4:2", validation_size=4)
+    stand_in = StandInArguments(words="2x2:2", tower_samples=64, pictures="2x2:2 4x4:2", validation_size=4)
+    trained = train_dense(model, processor, args, stand_in)
     assert "names the figure on" in capsys.readouterr().out
     after = dict(trained.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -186,7 +188,8 @@ def test_a_stopped_run_goes_on_where_it_was(make_dense, processor, tmp_path):
         args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1, max_steps=pictures, seed=3)
         last = sorted((tmp_path / folder).glob("checkpoint-*"))
         args.resume_from_checkpoint = str(last[-1]) if last else None
-        return train_dense(make_dense("idefics3"), processor, args, "2x2:4", 128, "2x2:4", validation_size=4)
+        stand_in = StandInArguments(words="2x2:4", tower_samples=128, pictures="2x2:4", validation_size=4)
+        return train_dense(make_dense("idefics3"), processor, args, stand_in)
 
     unbroken = run("unbroken", 2)
     words = tmp_path / "broken" / "words"
