@@ -115,7 +115,7 @@ MISTAKES = [
     (["--base_model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
     (["--base_model", ""], "base_model (None): required. Name a Hub id or a folder with --base_model"),
     (["--selection", "everything"], "everything"),
-    (["--max_tiles", "-1"], "error: min_tiles 0 is above max_tiles -1"),
+    (["--max_tiles", "-1"], "max_tiles"),
     (["--quantization", "2bit"], "quantization ('2bit'): choose from none, 4bit, 8bit"),
     (["--lora_targets", "nothing"], "lora_targets ('nothing'): it must match at least one of the model's"),
     (["--patch_word_weight", "1", "--clip_model", ""], "clip_model (None): patch_word_weight needs one"),

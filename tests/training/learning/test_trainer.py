@@ -332,24 +332,24 @@ def test_features_from_a_cache_train_as_encoded_ones_do(make_trainer, processor,
 
 @pytest.mark.parametrize("target", [7.0, 33.0])
 def test_a_target_outside_of_the_budget(target, make_trainer):
-    with pytest.raises(ValueError, match=f"target_visual_tokens is {target}: .* 8 and max_visual_tokens 32"):
+    with pytest.raises(ValueError, match=rf"target_visual_tokens \({target}\): .*\(8\) and max_visual_tokens \(32\)"):
         make_trainer(target_visual_tokens=target)
 
 
 def test_dense_has_no_selection_to_train(make_trainer):
-    with pytest.raises(ValueError, match='selection is "dense"'):
+    with pytest.raises(ValueError, match=r"selection \('dense'\)"):
         make_trainer(fields={"selection": "dense"})
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5])
 def test_an_attention_share_that_is_none(share, make_trainer):
-    with pytest.raises(ValueError, match=f"attention_share is {share}"):
+    with pytest.raises(ValueError, match=rf"attention_share \({share}\)"):
         make_trainer(attention_share=share)
 
 
 def test_several_gpus_in_one_process(make_trainer, monkeypatch):
     monkeypatch.setattr(QGSATrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match="2 GPUs in one process"):
+    with pytest.raises(ValueError, match=r"n_gpu \(2\)"):
         make_trainer()
 
 
@@ -369,7 +369,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_an_error(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[0] = float("nan")
-    with pytest.raises(ValueError, match="the loss is nan at step 0.*answer_loss"):
+    with pytest.raises(ValueError, match=r"loss \(nan at step 0\).*answer_loss"):
         trainer.train()
 
 

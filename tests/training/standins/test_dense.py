@@ -30,12 +30,12 @@ def test_stages_are_read_in_order_and_rounded_to_whole_batches():
 
 @pytest.mark.parametrize("stage", ["4x4", "4:48", "4x4x4:48", "4x4:many", "4x4:48:1", "axb:48", "4x4,:48"])
 def test_stages_that_cannot_be_read_are_refused_by_name(stage):
-    with pytest.raises(ValueError, match=f"cannot read the stage '{stage}'"):
+    with pytest.raises(ValueError, match=rf"stage \('{stage}'\): cannot be parsed"):
         parse_stages(f"2x2:48 {stage}", 48)
 
 
 def test_a_stage_below_one_batch_is_refused():
-    with pytest.raises(ValueError, match="'4x4:47' is smaller than one batch of 48"):
+    with pytest.raises(ValueError, match=r"stage \('4x4:47'\): must not be smaller than one batch \(48\)"):
         parse_stages("4x4:47", 48)
 
 
