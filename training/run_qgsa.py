@@ -60,6 +60,12 @@ class TaskArguments:
             raise ValueError(f"task ({self.task!r}): choose from {', '.join(TASKS)}")
 
 
+def parse(arguments: list[str]) -> tuple:
+    """The preset's name and the groups of a command line, see `parse_arguments`."""
+    kinds, shown = (TaskArguments, *GROUPS, QGSATrainingArguments), (TaskArguments, *GROUPS, LossArguments)
+    return parse_arguments(arguments, __doc__, kinds, shown)
+
+
 def run(
     preset: str,
     command: str,
@@ -98,10 +104,7 @@ def run(
 
 def main():
     with errors_in_one_line():
-        kinds = (TaskArguments, *GROUPS, QGSATrainingArguments)
-        shown = (TaskArguments, *GROUPS, LossArguments)
-        preset, task, *groups, args = parse_arguments(sys.argv[1:], __doc__, kinds, shown)
-        model, data, selection, evaluation, features = groups
+        preset, task, model, data, selection, evaluation, features, args = parse(sys.argv[1:])
         if args.resume_from_checkpoint is None:
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)

@@ -39,6 +39,12 @@ from training.standins.tiny import build_stand_in, save_processor
 FORMER = field_names(ModelArguments, SelectionArguments, FeatureArguments, LossArguments)
 
 
+def parse(arguments: list[str]) -> tuple:
+    """The preset's name and the groups of a command line, see `parse_arguments`."""
+    kinds = (StandInArguments, DataArguments, AnswerArguments, TrainingArguments)
+    return parse_arguments(arguments, __doc__, kinds, folder=STAND_IN_PRESETS, default="tiny_dense")
+
+
 def run(
     preset: str,
     command: str,
@@ -72,10 +78,7 @@ def run(
 
 def main():
     with errors_in_one_line():
-        kinds = (StandInArguments, DataArguments, AnswerArguments, TrainingArguments)
-        preset, stand_in, data, answers, args = parse_arguments(
-            sys.argv[1:], __doc__, kinds, folder=STAND_IN_PRESETS, default="tiny_dense"
-        )
+        preset, stand_in, data, answers, args = parse(sys.argv[1:])
         if args.resume_from_checkpoint is None:
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)

@@ -15,24 +15,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import training.data.load
 import training.run_qgsa as run_qgsa
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
-from training.cli.presets import as_options, parse_arguments
+from training.cli.presets import as_options
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
 from training.data.load import load_data
-from training.learning.training_arguments import GROUPS, QGSATrainingArguments
-from training.run_qgsa import TaskArguments
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "training" / "run_qgsa.py"
 
 
-KINDS = (TaskArguments, *GROUPS, QGSATrainingArguments)
-
-
 def parse(*arguments):
-    """Parses a command line as the script does: the preset's name, then the groups and the training arguments."""
-    return parse_arguments([*arguments, "--use_cpu", "true"], "", KINDS)
+    """The preset's name, the groups and the training arguments of a command line."""
+    return run_qgsa.parse([*arguments, "--use_cpu", "true"])
 
 
 def run_script(*arguments, **environment):

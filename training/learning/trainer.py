@@ -145,7 +145,7 @@ class QGSATrainer(Trainer):
         return losses
 
     def grounding_losses(self, selector, glance, prompt: Prompt, patch_words) -> dict[str, torch.Tensor]:
-        """Losses of where to look, from images and words alone: contrastive, CLIP (QGSA's self-supervised grounding)."""
+        """Losses of where to look, from images and words alone (QGSA's self-supervised grounding)."""
         args, losses = self.args, {}
         if args.contrastive_weight:
             query = selector.query(glance.question_state).chunk(2, dim=-1)[1]
