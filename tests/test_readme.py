@@ -18,7 +18,7 @@ from training.benchmark import BenchmarkArguments
 from training.costs.formula import paper_table
 from training.costs.speed_report import format_first_table, format_headline, format_speed
 from training.evaluation.report import format_families, format_table
-from training.learning.trainer import QGSATrainingArguments
+from training.learning.training_arguments import QGSATrainingArguments
 from training.run_qgsa import RunArguments, read_preset
 from training.studies.ablation import format_ablation
 from training.studies.adaptive import best_fixed, format_adaptive, format_spending

@@ -1,7 +1,8 @@
-"""The training script: presets, the command line, and a whole run in small."""
+"""The training script: its command line, and a whole run in small."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,43 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.data.aokvqa
+import training.run_qgsa as run_qgsa
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from training.cli.presets import as_options
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
-from training.data.sets import DATASETS, load_data
-from training.learning.trainer import QGSATrainingArguments
-from training.standins.dense import parse_stages
+from training.data.sets import load_data
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "training" / "run_qgsa.py"
-PRESETS = sorted(path.stem for path in (ROOT / "training" / "presets").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def run_qgsa():
-    """The script as a module; on import it puts the project in front of the path, which is put back."""
-    path = list(sys.path)
-    import training.run_qgsa as module
-
-    sys.path[:] = path
-    return module
-
-
-@pytest.fixture(scope="module")
-def parse(run_qgsa):
-    """Parses a command line, presets included, as the script does."""
-
-    def parse_arguments(*arguments):
-        preset, rest = run_qgsa.read_preset(list(arguments))
-        return preset, *HfArgumentParser((run_qgsa.RunArguments, QGSATrainingArguments)).parse_args_into_dataclasses(
-            [*rest, "--use_cpu", "true"]
-        )
-
-    return parse_arguments
+def parse(*arguments):
+    """The preset's name, the groups and the training arguments of a command line."""
+    return run_qgsa.parse([*arguments, "--use_cpu", "true"])
 
 
 def run_script(*arguments, **environment):
@@ -60,72 +42,22 @@ def run_script(*arguments, **environment):
     )
 
 
-# Presets
+# Arguments
 
 
-def test_the_command_line_wins_over_the_preset(parse):
-    _, run, args = parse("--preset", "demo", "--max_steps", "3", "--test_size", "8", "--output_dir", "elsewhere")
-    assert (args.max_steps, run.test_size, args.output_dir) == (3, 8, "elsewhere")
-    _, run, args = parse("--preset", "demo")
-    assert (args.max_steps, run.test_size, args.output_dir) != (3, 8, "elsewhere")
-
-
-def test_the_preset_wins_over_the_defaults(parse, run_qgsa):
-    _, run, _ = parse("--preset", "vqa_rad_256m")
-    assert run.dataset == "vqa_rad" != run_qgsa.RunArguments.dataset
-
-
-@pytest.mark.parametrize("form", [["--preset", "vqa_rad_256m"], ["--preset=vqa_rad_256m"]])
-def test_both_forms_of_naming_a_preset(form, run_qgsa):
-    name, arguments = run_qgsa.read_preset(["--max_steps", "3", *form, "--seed=4"])
-    assert name == "vqa_rad_256m"
-    assert arguments[-3:] == ["--max_steps", "3", "--seed=4"]
-    assert not any("preset" in argument for argument in arguments)
-    assert arguments[arguments.index("--dataset") + 1] == "vqa_rad"
-
-
-def test_without_a_preset_it_is_the_demo(run_qgsa):
-    assert run_qgsa.read_preset([])[0] == "demo"
-
-
-@pytest.mark.parametrize("name", ["dmeo", "../presets/demo", ""])
-def test_an_unknown_preset_names_those_there_are(name, run_qgsa):
-    with pytest.raises(SystemExit) as error:
-        run_qgsa.read_preset(["--preset", name])
-    message = str(error.value)
-    assert f"unknown preset {name!r}" in message
-    assert all(preset in message for preset in PRESETS)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_understood(name, parse):
-    preset, run, args = parse("--preset", name)
-    assert preset == name
-    assert run.task in ("qgsa", "dense")
-    assert (run.eval_split == "validation") == (run.dataset == "aokvqa"), "test but where it is not published"
-    assert run.dataset in DATASETS
-    assert args.output_dir.startswith("outputs/")
-    assert 0 < run.min_visual_tokens <= run.max_visual_tokens
-    assert 0 <= run.min_tiles <= run.max_tiles
-    assert run.systems.split()[0] == "dense"
-    if run.task == "dense" and run.dataset == "cards":
-        assert parse_stages(run.words, args.per_device_train_batch_size)
-        assert parse_stages(run.pictures, args.per_device_train_batch_size)
-
-
-def test_data_that_is_not_there(parse):
+def test_data_that_is_not_there():
     for fields, complaint in (
         ({"dataset": "imagenet"}, r"dataset \('imagenet'\): choose from cards, vqa_rad, aokvqa, refcoco"),
         ({"dataset": "aokvqa", "train_split": "test", "data_dir": "."}, "not published"),
         ({"dataset": "cards", "eval_split": "val"}, r"split \('val'\)"),
         ({"dataset": "vqa_rad", "data_dir": "nowhere"}, "folder nowhere not found"),
     ):
-        _, run, _ = parse(*(part for name, value in fields.items() for part in (f"--{name}", value)))
+        _, _, _, data, *_ = parse(*as_options(fields))
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-            load_data(run, seed=1)
+            load_data(data, seed=1)
 
 
-def test_difficult_direct_answers_are_not_asked(parse, monkeypatch):
+def test_difficult_direct_answers_are_not_asked(monkeypatch):
     class Rows(torch.utils.data.Dataset):
         def __init__(self, data_dir, split, form):
             self.rows = [{"form": form, "difficult": difficult} for difficult in (False, True, False)]
@@ -139,27 +71,96 @@ def test_difficult_direct_answers_are_not_asked(parse, monkeypatch):
     monkeypatch.setattr(training.data.aokvqa, "load_aokvqa", Rows)
     asked = {}
     for form in ("multiple_choice", "direct_answer"):
-        _, run, _ = parse("--preset", "aokvqa_256m", "--form", form)
-        _, test = load_data(run, seed=1)
+        _, _, _, data, *_ = parse("--preset", "aokvqa_256m", "--form", form)
+        _, test = load_data(data, seed=1)
         asked[form] = list(test)
     assert asked == {"multiple_choice": [0, 1, 2], "direct_answer": [0, 2]}
 
 
-def test_help_is_printed():
-    result = run_script("--help")
+def test_help_shows_our_options_by_group_on_a_few_screens():
+    result = run_script("--help", COLUMNS="80")
     assert result.returncode == 0, result.stderr
-    for option in ("--preset", "--base_model", "--max_visual_tokens", "--utility_weight", "--max_steps"):
-        assert option in result.stdout
+    groups = {line.removesuffix(":") for line in result.stdout.splitlines() if re.fullmatch(r"[a-z ]+:", line)}
+    assert groups >= {"task", "model", "data", "selection", "evaluation", "features of frozen networks", "losses"}
+    shown = set(re.findall(r"^  (--\w+)", result.stdout, re.MULTILINE))
+    assert shown >= {"--preset", "--task", "--base_model", "--systems", "--max_visual_tokens", "--utility_weight"}
+    assert not shown & {"--max_steps", "--push_to_hub", "--words"}
+    assert "transformers.TrainingArguments" in result.stdout and "--help_all" in result.stdout
+    assert len(result.stdout.splitlines()) < 120
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [(["--preset", "dmeo"], "unknown preset 'dmeo'"), (["--max_stepz", "2"], "max_stepz"), (["--task", "x"], "'x'")],
-)
-def test_mistakes_on_the_command_line_end_the_script(arguments, complaint, run_qgsa, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["run_qgsa.py", "--output_dir", str(tmp_path), "--use_cpu", "true", *arguments])
-    with pytest.raises((SystemExit, ValueError), match=complaint):
+def test_help_all_shows_the_options_of_trainer_too():
+    result = run_script("--help_all")
+    assert result.returncode == 0, result.stderr
+    for option in ("--preset", "--base_model", "--max_visual_tokens", "--utility_weight", "--max_steps", "--bf16"):
+        assert f"  {option}" in result.stdout
+
+
+MISTAKES = [
+    (["--preset", "dmeo"], "unknown preset 'dmeo': choose from aokvqa_256m"),
+    (["--preset", "tiny_dense"], "preset 'tiny_dense' belongs to another script: run_stand_in.py"),
+    (["--max_stepz", "2"], "unknown option --max_stepz: did you mean --max_steps?"),
+    (["--words", "2x2:16"], "unknown option --words"),
+    (["--max_tiles", "many"], "--max_tiles"),
+    (["--task", "x"], "task ('x'): choose from train, evaluate"),
+    (["--task", "dense"], "task ('dense'): now a script of its own. Use python training/run_stand_in.py"),
+    (["--systems", "dense", "qgsa", "clip"], "systems (dense qgsa clip): choose from dense, "),
+    (["--systems", "qgsa"], "dense and qgsa must be among them"),
+    (["--dataset", "imagenet"], "dataset is 'imagenet'"),
+    (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "there is no folder nowhere"),
+    (["--base_model", "hub_cards/nope"], "hub_cards/nope is neither a local folder nor a Hub id"),
+    (["--base_model", ""], "base_model (None): required. Name a Hub id or a folder with --base_model"),
+    (["--selection", "everything"], "everything"),
+    (["--max_tiles", "-1"], "max_tiles"),
+    (["--quantization", "2bit"], "quantization ('2bit'): choose from none, 4bit, 8bit"),
+    (["--lora_targets", "nothing"], "lora_targets ('nothing'): it must match at least one of the model's"),
+    (["--patch_word_weight", "1", "--clip_model", ""], "clip_model (None): patch_word_weight needs one"),
+    (["--warmup_steps", "-3"], "warmup_steps"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), MISTAKES)
+def test_mistakes_end_the_script_with_one_line(arguments, complaint, monkeypatch, tmp_path):
+    options = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--train_size", "64", "--test_size", "8"]
+    monkeypatch.setattr(sys, "argv", ["run_qgsa.py", *options, *arguments])
+    with pytest.raises(SystemExit) as end:
         run_qgsa.main()
+    message = str(end.value)
+    assert message.startswith("error: ") and complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [MISTAKES[0], MISTAKES[2], MISTAKES[4]])
+def test_mistakes_leave_one_line_on_stderr_and_an_exit_status(arguments, complaint):
+    done = run_script(*arguments)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and complaint in line
+    assert not done.stdout
+
+
+def test_other_processes_name_themselves():
+    done = run_script("--preset", "dmeo", RANK="1")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and line.startswith("error in process 1: unknown preset")
+
+
+def test_the_folder_of_another_run_is_refused_in_one_line(monkeypatch, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"max_tiles": 3}))
+    monkeypatch.setattr(sys, "argv", ["run_qgsa.py", "--output_dir", str(tmp_path), "--use_cpu", "true"])
+    with pytest.raises(SystemExit, match=r"^error: output_dir \(.*\): it belongs to a run with "):
+        run_qgsa.main()
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["run.json"]
+
+
+def test_the_former_name_of_the_task_still_works(capsys):
+    assert parse("--task", "qgsa")[1].task == "train"
+    assert "--task qgsa is now called --task train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("systems", [["dense qgsa"], ["dense", "qgsa"], ["dense ", " qgsa random"]])
+def test_systems_are_a_list_or_one_string(systems):
+    *_, evaluation, _, _ = parse("--systems", *systems)
+    assert evaluation.systems == " ".join(systems).split()
 
 
 # A whole run
@@ -170,7 +171,7 @@ def output(tmp_path_factory):
     output = tmp_path_factory.mktemp("outputs") / "smoke"
     result = run_script(
         *("--preset", "demo", "--base_model", "tiny", "--max_steps", "2", "--test_size", "8", "--use_cpu", "true"),
-        *("--per_device_train_batch_size", "2", "--systems", "dense random qgsa", "--output_dir", str(output)),
+        *("--per_device_train_batch_size", "2", "--systems", "dense", "random", "qgsa", "--output_dir", str(output)),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| qgsa |" in result.stdout and str(output) in result.stdout
@@ -238,4 +239,4 @@ def test_blocks_do_not_go_with_a_feature_cache(tmp_path):
     done = run_script(
         "--preset", "blocks", "--feature_cache", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")
     )
-    assert done.returncode and "selection is 'blocks': it takes pixels" in done.stderr
+    assert done.returncode == 1 and "selection is 'blocks' and needs pixels" in done.stderr

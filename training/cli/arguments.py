@@ -1,16 +1,54 @@
 """Command-line options from dataclasses, and errors that fit on one line."""
 
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 
 class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Help that keeps the line breaks of a docstring and shows the defaults."""
+    """Help that keeps the line breaks of a docstring and shows the defaults, with one name per option."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"max_help_position": 28} | kwargs)
+
+    def _format_action_invocation(self, action):
+        # HfArgumentParser accepts every option in two spellings: `--max_tiles, --max-tiles`.
+        first, *others = action.option_strings
+        return ", ".join([first, *(name for name in others if name != first.replace("_", "-"))])
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that ends with one line on stderr and exit status 1, without the usage of every option."""
+
+    def __init__(self, kinds, **kwargs):
+        super().__init__(kinds, formatter_class=Help, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        end_with_error(message)
+
+    def parse(self, arguments: list[str]) -> tuple:
+        """Parse a command line into one dataclass per kind; ends the script at an unknown option."""
+        *parsed, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings[:1]]
+            close = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            self.error(f"unknown option {unknown[0]}: {f'did you mean {close[0]}?' if close else 'see --help'}")
+        return tuple(parsed)
 
 
 def parse(kind, description: str, renamed: dict[str, str] | None = None):
@@ -20,8 +58,7 @@ def parse(kind, description: str, renamed: dict[str, str] | None = None):
         description: text for `--help`, usually the script's docstring.
         renamed: former option names and their present ones; the former still work, with a warning.
     """
-    parser = HfArgumentParser(kind, description=description, formatter_class=Help)
-    return parser.parse_args_into_dataclasses(use_present_names(sys.argv[1:], renamed or {}))[0]
+    return Parser(kind, description=description).parse(use_present_names(sys.argv[1:], renamed or {}))[0]
 
 
 def use_present_names(arguments: list[str], renamed: dict[str, str]) -> list[str]:
@@ -38,11 +75,25 @@ def use_present_names(arguments: list[str], renamed: dict[str, str]) -> list[str
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn the errors that a user can mend (ValueError, OSError) into one line on stderr and exit status 1."""
+    """Turn user errors (ValueError, OSError, values that a config refuses) into one line on stderr and exit status 1.
+
+    `python -X dev` shows the traceback instead.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if sys.flags.dev_mode:
+            raise
+        if isinstance(error, StrictDataclassError):
+            error = error.__cause__ or error  # without the name of the validator
+        end_with_error(str(error) or type(error).__name__)
+
+
+def end_with_error(message: str) -> NoReturn:
+    """End the script with `message` on one line of stderr and exit status 1; all processes but the first are named."""
+    process = os.environ.get("RANK", "0")
+    label = "error" if process == "0" else f"error in process {process}"
+    sys.exit(f"{label}: {' '.join(message.split())}")
 
 
 def check_source(name: str):

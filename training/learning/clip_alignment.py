@@ -1,8 +1,8 @@
-"""Patch-word alignment: how alike a frozen CLIP finds the cells of an image and the words of a question.
+"""Patch-word alignment: similarity of image cells and question words according to a frozen CLIP.
 
-CLIP aligns its pooled vector with text, not its patches. Its patches can still be compared with words where the last
-attention, which gathers them into the pooled vector, is taken out: the *value path* of MaskCLIP (Zhou, Loy and Dai,
-"Extract Free Dense Labels from CLIP", 2022). CLIP is needed for training only, and is never trained.
+CLIP aligns its pooled vector with text, not its patches. Without the last attention, which pools the patches, they can
+be compared with words too: the *value path* of MaskCLIP (Zhou, Loy and Dai, "Extract Free Dense Labels from CLIP",
+2022). CLIP is used in training only, and it is never trained.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from training.learning.store import digest
 
 WORD = "a photo of {}."
 NEUTRAL = "a photo."
-FLAT = 1e-3  # spread of cosines over an image below which a difference counts as noise
+FLAT = 1e-3  # standard deviation of cosines over an image; smaller differences count as noise
 
-# Words that name nothing to be seen: of grammar, of asking, of the kind of answer, and of instructions.
+# Words for nothing visible: grammar, question words, types of answers, instructions.
 STOP_WORDS = frozenset(
     """
     a an the this that these those some any all each every both no not and or but if of in on at to from by for with
@@ -45,21 +45,21 @@ def load_clip(name: str, pretrained: str | None, device: str = "cpu"):
 
     Args:
         name: a model of open_clip (`"ViT-B-16"`), `"hf-hub:OWNER/NAME"`, or `"local-dir:PATH"` for a folder in
-            open_clip's format: `open_clip_config.json`, weights, and the tokenizer's files where the configuration
-            has an `hf_tokenizer_name`.
+            open_clip's format: `open_clip_config.json`, weights, and the tokenizer files if the configuration has an
+            `hf_tokenizer_name`.
         pretrained: open_clip's tag of the weights (`"openai"`), or a file of weights; None for the other two.
 
-    Raises ValueError for an unknown name or tag, and, before any weights are fetched, for a vision tower whose
-    patches cannot be compared with words; FileNotFoundError where a local folder lacks its configuration;
-    RuntimeError where it lacks the weights.
+    Raises ValueError if the name or tag is unknown or, before any weights are downloaded, if the patches of the vision
+    tower cannot be compared with words; FileNotFoundError if a local folder has no configuration; RuntimeError if it
+    has no weights.
     """
     config = open_clip.get_model_config(name)
     see = "open_clip.list_pretrained() lists all models with their tags"
     if config is None:
-        raise ValueError(f"clip model {name!r} is not known to open_clip: {see}")
+        raise ValueError(f"clip_model ({name!r}): unknown to open_clip. {see}")
     if ":" not in name and not open_clip.is_pretrained_cfg(name, pretrained or "") and not _is_file(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"clip pretrained is {pretrained!r}: {name} has the tags {tags}; {see}")
+        raise ValueError(f"clip_pretrained ({pretrained!r}): {name} has the tags {tags}. {see}")
     vision = config["vision_cfg"] | (
         {"timm_model_pretrained": False} if "timm_model_name" in config["vision_cfg"] else {}
     )
@@ -74,9 +74,9 @@ def _is_file(pretrained: str | None) -> bool:
 
 
 def check_tower(name: str, visual: torch.nn.Module):
-    """Raise ValueError, naming class and grid, where the patches of a vision tower cannot be compared with words."""
+    """Raise ValueError, naming class and grid, if the patches of a vision tower cannot be compared with words."""
     grid = getattr(visual, "grid_size", None)
-    needed = "patch-word alignment needs open_clip's VisionTransformer with a square grid of patches"
+    needed = "patch-word alignment needs open_clip's VisionTransformer with a square patch grid"
     if not isinstance(visual, VisionTransformer) or grid[0] != grid[1]:
         shape = f"a grid of {grid[0]} x {grid[1]} patches" if isinstance(grid, tuple) else "no grid of patches"
         raise ValueError(f"the vision tower of {name} is a {type(visual).__name__} with {shape}: {needed}")
@@ -84,19 +84,19 @@ def check_tower(name: str, visual: torch.nn.Module):
     if visual.attn_pool is not None or not isinstance(block, ResidualAttentionBlock):
         raise ValueError(
             f"the vision tower of {name} is a VisionTransformer with a grid of {grid[0]} x {grid[1]} patches, but "
-            f"ends in {type(visual.attn_pool or block).__name__}, behind which patches have no place: {needed}"
+            f"ends in {type(visual.attn_pool or block).__name__}, after which patches have no position: {needed}"
         )
 
 
 def patch_features(clip: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """The patches of images in CLIP's joint space, by the value path: `(B, g * g, E)`, of length 1, row by row.
+    """Patch features in CLIP's joint space by the value path, `(B, g * g, E)`, unit length, in row-major order.
 
-    In the last residual block each patch gets its own projected value in the place of the attention. The residual
-    around the attention is dropped, as in ClearCLIP (Lan et al., 2024), the MLP with its own is kept, as in MaskCLIP:
-    with the tiny CLIP that points best on validation cards. No real CLIP has been measured.
+    In the last residual block, the projected value of each patch replaces the attention. The residual around the
+    attention is dropped, as in ClearCLIP (Lan et al., 2024); the MLP and its residual are kept, as in MaskCLIP. With
+    the tiny CLIP, this variant points best on validation cards; no real CLIP has been measured.
 
     Args:
-        clip: of open_clip, in evaluation mode (see `load_clip`); it is left as it is.
+        clip: a CLIP of open_clip in evaluation mode (see `load_clip`); it is not modified.
         pixels: `(B, 3, S, S)`, normalised, see `clip_pixels`.
     """
     visual = clip.visual
@@ -113,9 +113,9 @@ def patch_features(clip: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def clip_pixels(clip: torch.nn.Module, images: list[Image.Image]) -> torch.Tensor:
-    """Images as CLIP takes them, `(B, 3, S, S)` float32 on the CPU, with its own mean and standard deviation.
+    """Images as inputs of CLIP, `(B, 3, S, S)` float32 on the CPU, normalised by its mean and standard deviation.
 
-    They are squashed to its square where CLIP's own transform would crop: the glance shows the whole image too.
+    Images are squashed to a square instead of cropped, since the glance shows the whole image too.
     """
     height, width = clip.visual.image_size
     squashed = [image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC) for image in images]
@@ -129,10 +129,10 @@ def clip_pixels(clip: torch.nn.Module, images: list[Image.Image]) -> torch.Tenso
 
 
 def content_words(question: str) -> list[str]:
-    """The words of a question that may name something in the image: lower case, each once, in order.
+    """The words of a question that may name something in the image: lower case, without repetition, in order.
 
-    Only its first line counts, up to the first question mark: what follows are choices and instructions. Left out are
-    `STOP_WORDS`; words are made of letters and digits, and lose a `'s` or `n't`.
+    Only the first line counts, up to the first question mark; choices and instructions follow after it. Words consist
+    of letters and digits, without a final `'s` or `n't`; `STOP_WORDS` are left out.
     """
     line = question.strip().partition("\n")[0].partition("?")[0].lower()
     words = re.findall(r"[^\W_]+", re.sub(r"n['’]t\b|['’]\w+", "", line))
@@ -140,7 +140,7 @@ def content_words(question: str) -> list[str]:
 
 
 def to_cells(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """Bring maps of patches `(W, g * g)` to `(W, side * side)`: area means, or bilinear where the grid is smaller."""
+    """Resize patch maps `(W, g * g)` to `(W, side * side)`: area means, or bilinear if the grid is smaller."""
     grid = round(maps.shape[-1] ** 0.5)
     maps = maps.view(1, -1, grid, grid)
     if grid >= side:
@@ -151,20 +151,20 @@ def to_cells(maps: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def image_key(image: Image.Image) -> str:
-    """SHA-256 of an image's size and its RGB bytes."""
+    """SHA-256 of the size and the RGB bytes of an image."""
     image = image.convert("RGB")
     return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 class PatchWordAlignment:
-    """How alike a frozen CLIP finds the cells of an image and the content words of a question.
+    """Similarity of the cells of an image and the content words of a question, according to a frozen CLIP.
 
     Args:
-        name, pretrained: of the CLIP, see `load_clip`.
-        side: cells on each side of the glance: 8 for SmolVLM, 4 for the tiny model.
-        store: keeps the patch features of each image: an object with `get(key) -> Tensor | None` and
-            `put(key, tensor)`, such as `training.learning.store.TensorStore`; None computes them anew each time.
-        device: of the CLIP.
+        name, pretrained: see `load_clip`.
+        side: number of cells per side of the glance: 8 for SmolVLM, 4 for the tiny model.
+        store: cache of the patch features per image: an object with `get(key) -> Tensor | None` and
+            `put(key, tensor)`, such as `training.learning.store.TensorStore`; None recomputes them every time.
+        device: device of the CLIP.
 
     Raises ValueError as `load_clip` does.
     """
@@ -175,16 +175,16 @@ class PatchWordAlignment:
         self.word_features: dict[str, torch.Tensor] = {}
 
     def fingerprint(self) -> dict[str, str]:
-        """What the patch features depend on."""
+        """Everything that the patch features depend on: the `maker` of a `TensorStore`."""
         weights = digest(*self.clip.state_dict().values())
         return {"clip": self.name, "clip_pretrained": str(self.pretrained), "clip_weights": weights}
 
     def similarity(self, samples: list[dict]) -> torch.Tensor:
-        """How alike cells and words are, `(B, side * side)` float32 on the CPU, row by row of the glance.
+        """Similarity of cells and words, `(B, side * side)` float32 on the CPU, in row-major order of the glance.
 
-        For each content word: its cosine with each patch, minus that of a neutral text, as a mean over each cell, then
-        standardised over the image. A cell has the highest of its words, which leaves room for words that match
-        nowhere; where no word is left, or CLIP finds all cells alike, a row of zeros.
+        For each content word, its cosine with each patch minus that of a neutral text is averaged over each cell, then
+        standardised over the image. A cell gets the maximum over the words, so that words that match nowhere do no
+        harm. Without content words, or if all cells are equally similar, the row is zero.
 
         Args:
             samples: dicts with `image` (PIL) and `question`.
@@ -201,7 +201,7 @@ class PatchWordAlignment:
 
     @torch.no_grad()
     def words(self, words: list[str]) -> torch.Tensor:
-        """Features of words less those of the neutral text, `(W, E)` float32 on the CPU."""
+        """Features of words minus those of the neutral text, `(W, E)` float32 on the CPU."""
         new = [word for word in words if word not in self.word_features]
         if new:
             tokens = self.tokenizer([NEUTRAL, *map(WORD.format, new)]).to(self.device)
@@ -211,7 +211,7 @@ class PatchWordAlignment:
 
     @torch.no_grad()
     def features(self, images: list[Image.Image]) -> torch.Tensor:
-        """Patch features of images, `(B, g * g, E)` float16 on the CPU, from the store where it has them."""
+        """Patch features of images, `(B, g * g, E)` float16 on the CPU, from the store if it has them."""
         keys = [image_key(image) for image in images]
         found = {key: self.store.get(key) if self.store is not None else None for key in keys}
         missing = {key: image for key, image in zip(keys, images) if found[key] is None}

@@ -1,4 +1,4 @@
-"""Vision features of training images, encoded once: the encoder is frozen, and it is nine tenths of a step."""
+"""Vision features of training images, encoded once: the encoder is frozen and takes nine tenths of a step."""
 
 import hashlib
 from pathlib import Path
@@ -11,9 +11,9 @@ from training.methods.method import layout_of
 
 
 def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> TensorStore:
-    """The store of what the encoder of `model` makes of the images of `processor`.
+    """Open a store for the vision features of `model` on images prepared by `processor`.
 
-    Raises ValueError for a folder that was made with other weights, another type of them, or another image processor.
+    Raises ValueError if the folder was made with other weights, another dtype or another image processor.
     """
     encoder = [*model.model.vision_model.state_dict().values(), *model.model.connector.state_dict().values()]
     maker = {
@@ -26,9 +26,9 @@ def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> 
 
 @torch.no_grad()
 def with_features(store: TensorStore, model, inputs: dict) -> dict:
-    """`inputs` with the features of all tiles, `image_hidden_states` `(T, P, D)`, in the place of the pixels.
+    """`inputs` with the pixels replaced by the features of all tiles, `image_hidden_states` `(T, P, D)`.
 
-    A sample's features are known by its pixels; what is not in the store is encoded, all of it at once, and kept.
+    The pixels of a sample are the key of its features. Missing samples are encoded in one batch and stored.
     """
     layout = layout_of(model.config, inputs["input_ids"])
     counts = torch.bincount(layout.tile_sample, minlength=len(inputs["input_ids"])).tolist()

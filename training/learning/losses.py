@@ -1,4 +1,4 @@
-"""Losses of question-guided selection: where to look, and how much. All work without boxes."""
+"""Losses of question-guided selection: where to look, and how much. None of them needs boxes."""
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -7,15 +7,15 @@ from modeling_qgsa.selection_qgsa import VisualLayout, complexity_at, to_images
 
 
 def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout, temperature: float) -> torch.Tensor:
-    """Cross entropy between the selector's mass on the tiles and the softmax of their utilities, a scalar.
+    """Cross entropy between the selector's tile probabilities and the softmax of the tiles' utilities, a scalar.
+
+    Images of a single tile offer no choice and are skipped.
 
     Args:
         mass: `(T,)`, the selector's probability of each tile (`tile_relevance`); 0 for global views.
         utility: `(T,)`, log-likelihood of the answer given that tile; -inf for global views, and for all tiles of an
-            image that is not taught.
-        temperature: of the softmax over an image's tiles; below it a difference counts as noise.
-
-    Images of a single tile have nothing to choose and are left out.
+            image to skip.
+        temperature: softmax temperature over the tiles of an image; smaller differences count as noise.
     """
     target = to_images(utility, layout, float("-inf"))
     several = target.isfinite().any(1)
@@ -25,11 +25,11 @@ def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout
 
 
 def attention_loss(match: torch.Tensor, attention: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
-    """Cross entropy between the softmax of the tokens' match and the attention they get, a scalar (after SGL).
+    """Cross entropy between the softmax of the tokens' match scores and the attention to them, a scalar (after SGL).
 
     Args:
-        match: `(T, P)`, how well the selector finds that each visual token matches the question.
-        attention: `(T, P)`, at least 0; an image without any is left out.
+        match: `(T, P)`, the selector's score for how well each visual token matches the question.
+        attention: `(T, P)`, at least 0; images without any are skipped.
     """
     target = to_images(attention, layout, 0.0).flatten(1)
     taught = target.sum(1) > 0
@@ -41,17 +41,18 @@ def attention_loss(match: torch.Tensor, attention: torch.Tensor, layout: VisualL
 def contrastive_loss(
     query: torch.Tensor, keys: torch.Tensor, relevance: torch.Tensor, same: torch.BoolTensor, temperature: float = 0.1
 ) -> torch.Tensor:
-    """InfoNCE of questions and the cells they select, a scalar (contrastive patch selection, QGSA).
+    """InfoNCE between questions and the cells they select, a scalar (contrastive patch selection, QGSA).
 
-    A question has to match the mean of its own selected cells better than that of the cells its image drops, and than
-    those that the questions of other images select. Selected means weighed by the relevance, dropped by what is left.
+    A question must match the mean of its own selected cells better than the mean of the cells dropped from its image,
+    and better than the cells selected by the questions of other images. Selected cells are weighted by their
+    relevance, dropped cells by the rest.
 
     Args:
-        query: `(I, H)`, the questions.
-        keys: `(I, C, H)`, the cells of the glances.
-        relevance: `(I, C)` log-probabilities of the cells.
-        same: `(I, I)` bool, images asked the same question, which are no negatives for each other.
-        temperature: of the cosines.
+        query: `(I, H)`, embeddings of the questions.
+        keys: `(I, C, H)`, embeddings of the cells of the glances.
+        relevance: `(I, C)`, log-probabilities of the cells.
+        same: `(I, I)` bool, pairs of images with the same question, which are not negatives of each other.
+        temperature: softmax temperature over the cosines.
     """
     weights = relevance.exp()[..., None]
     rest = (1 - weights) / (keys.shape[1] - 1)
@@ -64,15 +65,17 @@ def contrastive_loss(
 
 
 def budget_loss(logits: torch.Tensor, quantile: float, lowest: int, highest: int, target: float) -> torch.Tensor:
-    """Relative distance of the mean number of visual tokens from its target, a scalar.
+    """Relative distance of the mean number of visual tokens from a target, a scalar.
 
-    The number is that of inference (`complexity_at`, then the budget between `lowest` and `highest`); its gradient is
-    that of a soft quantile (straight-through), soft in log-odds, where a quantile near 1 is as far off as any.
+    The forward value is that of inference (`complexity_at`, then the budget between `lowest` and `highest`). The
+    gradient is that of a soft quantile (straight-through), computed in log-odds, where a quantile near 1 does not
+    saturate.
 
     Args:
-        logits: `(I, levels)` of the complexity estimator.
+        logits: `(I, levels)`, output of the complexity estimator.
         quantile: `config.complexity_quantile`.
-        target: mean visual tokens an image, within `lowest` and `highest`.
+        lowest, highest: `min_visual_tokens` and `max_visual_tokens`.
+        target: mean number of visual tokens per image, between `lowest` and `highest`.
     """
     ahead, behind = logits.logcumsumexp(1)[:, :-1], logits.flip(1).logcumsumexp(1).flip(1)[:, 1:]
     wanted = torch.tensor(quantile, device=logits.device).logit(eps=1e-6)
@@ -83,12 +86,12 @@ def budget_loss(logits: torch.Tensor, quantile: float, lowest: int, highest: int
 
 
 def patch_word_loss(relevance: torch.Tensor, similarity: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross entropy between the softmax of CLIP's similarity and the relevance, a scalar (patch-word alignment, QGSA).
+    """Cross entropy between the softmax of CLIP similarities and the relevance, a scalar (patch-word alignment, QGSA).
 
     Args:
-        relevance: `(I, C)` log-probabilities of the cells.
-        similarity: `(I, C)`, how alike cells and words are; an image whose cells are all alike is left out.
-        temperature: of the softmax over the cells.
+        relevance: `(I, C)`, log-probabilities of the cells.
+        similarity: `(I, C)`, similarity of cells and words; images with the same value everywhere are skipped.
+        temperature: softmax temperature over the cells.
     """
     told = similarity.amax(1) > similarity.amin(1)
     if not told.any():

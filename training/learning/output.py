@@ -1,6 +1,7 @@
-"""The output folder of a run: one run at a time, and never another one's."""
+"""The output folder of a run: used by one run at a time, and never by a different one."""
 
 import json
+from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,31 +12,48 @@ from transformers import TrainingArguments
 from training.learning.store import replace_file
 
 
-# What may differ when a run goes on: how it is evaluated, and what only costs time or space.
-FREE = {"eval_split", "test_size", "test_batch_size", "max_new_tokens", "systems", "feature_cache", "feature_cache_gb"}
-OF_TRAINER = ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+# May differ when a run continues: the evaluation, and what only costs time or disk space.
+MAY_DIFFER = {"eval_split", "test_size", "feature_cache", "feature_cache_gb"}
+TRAINER_FIELDS = ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def identity(run, args) -> dict:
-    """What makes a run this one: the fields that decide what is trained, on what."""
-    stock = {each.name for each in fields(TrainingArguments)}
+def identity(groups: list, args: TrainingArguments) -> dict:
+    """The fields that decide what is trained, and on which data.
+
+    Args:
+        groups: dataclasses of options; those of the evaluation are not part of the identity.
+        args: Trainer's arguments; of those of transformers, only `TRAINER_FIELDS` count.
+    """
+    chosen = {name: value for group in groups for name, value in asdict(group).items() if name not in MAY_DIFFER}
+    stock = field_names(TrainingArguments)
     own = {each.name: getattr(args, each.name) for each in fields(args) if each.name not in stock}
-    chosen = {name: value for name, value in asdict(run).items() if name not in FREE | {"preset", "task"}}
-    return chosen | own | {name: getattr(args, name) for name in OF_TRAINER}
+    return chosen | own | {name: getattr(args, name) for name in TRAINER_FIELDS}
+
+
+def field_names(*kinds: type) -> set[str]:
+    """The names of the fields of dataclasses."""
+    return {each.name for kind in kinds for each in fields(kind)}
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint of a folder: Trainer writes its state last, so one without it was interrupted."""
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 @contextmanager
-def claimed(folder: str | Path, wanted: dict, main_process: bool = True):
-    """Hold an output folder for one run, the one that started it, if any.
+def claimed(folder: str | Path, wanted: dict, main_process: bool = True, former: Collection[str] = ()):
+    """Hold an output folder for one run: a new one, or the one that the folder belongs to.
 
     Args:
         wanted: the run's `identity`.
-        main_process: the others of a run rely on their first.
+        main_process: False in the other processes of a run, which rely on the first.
+        former: fields that the `run.json` of an earlier version has beside those of `wanted`; they are not compared.
 
-    A run that fails before it has saved anything leaves the folder to others.
+    If a run fails before it has saved anything, the folder is free for another run.
 
-    Raises ValueError, before anything is written, for a folder that a process is writing to, and for one of a run that
-    differs, naming the field and both values.
+    Raises ValueError, before anything is written, if a process is writing to the folder, or if it belongs to a
+    different run, naming the field and both values.
     """
     if not main_process:
         yield
@@ -46,21 +64,28 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True):
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another run is writing to output_dir {folder}: choose another one, or wait") from error
+        raise ValueError(
+            f"output_dir ({folder}): another run is writing to it. Choose another folder, or wait"
+        ) from error
     with lock:
         wanted = json.loads(json.dumps(wanted))
-        found = json.loads(path.read_text()) if path.exists() else wanted
-        for field in sorted(found | wanted):
-            if found.get(field) != wanted.get(field):
-                raise ValueError(
-                    f"output_dir {folder} is of a run with {field} {found.get(field)!r}, this one has "
-                    f"{wanted.get(field)!r}: choose another folder, or remove this one"
-                )
         new = not path.exists()
+        if not new:
+            check_same_run(folder, json.loads(path.read_text()), wanted, former)
         replace_file(path, json.dumps(wanted, indent=2).encode())
         try:
             yield
         except BaseException:
             if new and not (any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))):
-                path.unlink()  # nothing came of it: the folder is free for another run
+                path.unlink()  # nothing was saved: the folder is free for another run
             raise
+
+
+def check_same_run(folder: Path, found: dict, wanted: dict, former: Collection[str] = ()):
+    """Raise ValueError if the identities `found` and `wanted` differ; those of `former` may be missing in `wanted`."""
+    for field in sorted((found.keys() - set(former)) | wanted.keys()):
+        if found.get(field) != wanted.get(field):
+            raise ValueError(
+                f"output_dir ({folder}): it belongs to a run with {field} {found.get(field)!r}, this one has "
+                f"{wanted.get(field)!r}. Choose another folder, or remove this one"
+            )

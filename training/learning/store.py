@@ -1,4 +1,4 @@
-"""Tensors on disk by key, for what a frozen network says of an image: computed once, read ever after."""
+"""Tensors on disk by key, for the outputs of frozen networks: computed once, then read."""
 
 import hashlib
 import json
@@ -11,17 +11,17 @@ from safetensors.torch import load, save
 
 
 class TensorStore:
-    """A folder of tensors that came from one maker. Safe under several processes, and bounded.
+    """A folder of tensors from one maker, limited in size and safe to share between processes.
 
-    What no longer fits is not kept, and what is there stays: when epochs go through the images in turn, making room
-    for the newest would throw each one out just before it is asked for again.
+    When the store is full, new tensors are not stored and old ones stay: epochs visit the images in turn, so evicting
+    the oldest would drop each tensor just before it is needed again.
 
     Args:
-        folder: made where there is none.
-        maker: what the tensors depend on, such as hashes of the model and the processor.
-        max_bytes: of all tensors together.
+        folder: created if it does not exist.
+        maker: everything that the tensors depend on, such as hashes of the model and the processor.
+        max_bytes: size limit of all tensors together.
 
-    Raises ValueError, naming the field and both values, for a folder of another maker, which is left as it is.
+    Raises ValueError, naming the field and both values, if the folder has another maker; the folder is not modified.
     """
 
     def __init__(self, folder: str | Path, maker: dict[str, str], max_bytes: int):
@@ -36,14 +36,14 @@ class TensorStore:
         path = self.folder / "maker.json"
         if not path.exists():
             if any(self.folder.glob("*/*")):
-                raise ValueError(f"{self.folder} holds files and no maker.json: it is no store, choose another folder")
+                raise ValueError(f"{self.folder}: not a store, it has files but no maker.json. Choose another folder")
             replace_file(path, json.dumps(maker, indent=2).encode())
         found = json.loads(path.read_text())
         for field in sorted(set(found) | set(maker)):
             if found.get(field) != maker.get(field):
                 raise ValueError(
-                    f"{self.folder} was made with {field} {found.get(field)}, this run has {maker.get(field)}: choose "
-                    "another folder, or remove this one"
+                    f"{self.folder}: it was made with {field} {found.get(field)}, this run has {maker.get(field)}. "
+                    "Choose another folder, or remove this one"
                 )
 
     def _path(self, key: str) -> Path:
@@ -53,12 +53,12 @@ class TensorStore:
         (self.folder / "size").write_text(str(size))
 
     def get(self, key: str) -> torch.Tensor | None:
-        """The tensor, on the CPU; None where there is none."""
+        """The tensor, on the CPU; None if it is not stored."""
         path = self._path(key)
         return load(path.read_bytes())["tensor"] if path.exists() else None
 
     def put(self, key: str, tensor: torch.Tensor):
-        """Keep a tensor, if it is new and there is room."""
+        """Store a tensor, if it is new and there is room."""
         content, path = save({"tensor": tensor.detach().cpu().contiguous()}), self._path(key)
         with self.lock:
             size = int((self.folder / "size").read_text()) + len(content)
@@ -70,14 +70,14 @@ class TensorStore:
 
 
 def replace_file(path: Path, content: bytes):
-    """Write a file in one step: whoever reads it meanwhile finds the old one or the new one, never a part."""
+    """Write a file atomically: readers see the old content or the new one, never a part."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     part.replace(path)
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """SHA-256 of shapes, types and values."""
+    """SHA-256 of shapes, dtypes and values."""
     seen = hashlib.sha256()
     for tensor in tensors:
         seen.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -1,7 +1,7 @@
-"""Teachers of where and how much to look: answers alone, no boxes.
+"""Teachers of where and how much to look. They need answers, but no boxes.
 
-The utility of a tile is the log-likelihood of the answer given the glance and that one tile. With the features of all
-tiles at hand it costs one short pass of the text model a tile, and it is exact.
+The utility of a tile is the log-likelihood of the answer given the glance and that one tile. Given the features of all
+tiles, it costs one short pass of the text model per tile, and it is exact.
 """
 
 from dataclasses import replace
@@ -13,24 +13,24 @@ from modeling_qgsa.prompt_qgsa import Prompt
 from modeling_qgsa.selection_qgsa import Glance, positions_to_keep, splice
 
 
-CHUNK = 64  # variants of a prompt scored at once
-NEUTRAL_FLOOR = 0.1  # of the mean attention: what gets next to none under any question is no signal
+CHUNK = 64  # variants of a prompt per pass of the text model
+NEUTRAL_FLOOR = 0.1  # share of the mean attention; avoids dividing by the near-zero attention of some tokens
 
 
 def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, embeds: torch.Tensor, prompt: Prompt):
-    """Log-likelihood of the labelled tokens when only some positions are kept, summed, `(n,)` float32.
+    """Summed log-likelihood of the labelled tokens if only some positions are kept, `(n,)` float32.
 
     Args:
         model: a QGSA model with its language head.
         rows: `(n,)` int64, the sample of each variant.
-        keep: `(n, L)` bool, the positions it keeps.
-        embeds: `(B, L, D)`, words and visual tokens of all samples.
-        prompt: their text side; its labels are scored.
+        keep: `(n, L)` bool, the positions that each variant keeps.
+        embeds: `(B, L, D)`, embeddings of the words and visual tokens of all samples.
+        prompt: the text side of all samples, with labels.
     """
     scores = torch.zeros(len(rows), device=embeds.device)
     if not len(rows):
         return scores
-    for chunk in keep.sum(1).argsort().split(CHUNK):  # of like length, so that little is padding
+    for chunk in keep.sum(1).argsort().split(CHUNK):  # similar lengths together, for little padding
         some_rows, some_keep = rows[chunk], keep[chunk]
         (hidden, mask, positions, labels), _ = splice(
             some_keep,
@@ -54,7 +54,7 @@ def tile_utility(model, glance: Glance, features: torch.Tensor, prompt: Prompt) 
     """Log-likelihood of the answer given all glances of the sample and one tile: `(T,)`; -inf for global views.
 
     Args:
-        features: `(T, P, D)`, every tile encoded.
+        features: `(T, P, D)`, features of every tile.
     """
     layout = glance.layout
     embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
@@ -68,7 +68,7 @@ def tile_utility(model, glance: Glance, features: torch.Tensor, prompt: Prompt) 
 
 @torch.no_grad()
 def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, budget: Budget, complexity):
-    """The positions that inference would keep at `complexity` `(I,)`, every tile being encoded: `(B, L)` bool.
+    """The positions that inference would keep at `complexity` `(I,)`, `(B, L)` bool.
 
     Args:
         scores: `(T, P)`, the selector's scores of all visual tokens.
@@ -83,16 +83,16 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
 def visual_attention(
     model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int, neutral_ids: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """Attention that question and answer pay to every visual token when all of them are shown, `(T, P)` (SGL).
+    """Attention from question and answer to every visual token, with nothing dropped, `(T, P)` (SGL).
 
-    Averaged over the heads and summed over the layers, the words of the question and the positions that predict the
-    answer. With `neutral_ids`, divided by what a neutral question gets (Zhang et al. 2025, "MLLMs Know Where to
-    Look"): sinks and favourite places get attention whatever is asked.
+    It is averaged over heads, and summed over layers, the words of the question and the positions that predict the
+    answer. With `neutral_ids`, it is divided by the attention under a neutral question (Zhang et al. 2025, "MLLMs Know
+    Where to Look"), which removes attention sinks and position bias.
 
     Args:
-        features: `(T, P, D)`, every tile encoded.
-        samples: only the first so many samples are asked, the tokens of the others get 0.
-        neutral_ids: tokens of the neutral question, such as "Describe the image."; none for the attention as it is.
+        features: `(T, P, D)`, features of every tile.
+        samples: number of samples to compute, from the first on; the tokens of the others get 0.
+        neutral_ids: token ids of the neutral question, such as "Describe the image."; empty for raw attention.
     """
     paid = paid_attention(model, glance, features, prompt, samples)
     if not len(neutral_ids):
@@ -102,7 +102,7 @@ def visual_attention(
 
 
 def neutral_prompt(prompt: Prompt, glance: Glance, neutral_ids: tuple[int, ...]) -> Prompt:
-    """The prompt with the neutral question in the place of every question, as much of it as fits, and no answer."""
+    """The prompt with every question replaced by the neutral one, cut to the question's length, without answers."""
     input_ids, mask, labels = prompt.input_ids.clone(), prompt.attention_mask.clone(), prompt.labels.clone()
     neutral = torch.tensor(neutral_ids, device=input_ids.device)
     for sample, words in zip(glance.layout.image_sample.tolist(), glance.question_mask):
@@ -116,7 +116,7 @@ def neutral_prompt(prompt: Prompt, glance: Glance, neutral_ids: tuple[int, ...])
 
 @torch.no_grad()
 def paid_attention(model, glance: Glance, features: torch.Tensor, prompt: Prompt, samples: int) -> torch.Tensor:
-    """Attention of question and answer to every visual token, `(T, P)`; arguments as in `visual_attention`."""
+    """Attention from question and answer to every visual token, `(T, P)`; arguments as in `visual_attention`."""
     layout, text_model = glance.layout, model.model.text_model
     embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
     asking = prompt.labels.roll(-1, dims=1) != -100
@@ -150,18 +150,19 @@ def cheapest_sufficient(
     budget: Budget,
     tolerance: float,
 ) -> torch.Tensor:
-    """The lowest complexity at which the answer is as probable as with everything, `(I,)` int64 (VISOR's rule).
+    """The lowest complexity level at which the answer is about as probable as with everything, `(I,)` int64 (VISOR).
 
-    Tried are the levels that the estimator tells apart, with tiles and visual tokens chosen by the selector's own
-    ranking: what counts is what this selector needs, not what an oracle would. Blocks have the features here that
-    they have in whole tiles, which know a little more than those of inference. Probabilities are those of a token of
-    the answer, the geometric mean, so that long answers are not all improbable.
+    All levels of the estimator are tried, with tiles and visual tokens in the selector's own order: the label is the
+    budget that this selector needs, not the one that an oracle would need. Blocks have the features of whole tiles
+    here, which have seen slightly more context than those of inference. Probabilities are geometric means over the
+    tokens of the answer, so that long answers are not at a disadvantage.
 
     Args:
+        features: `(T, P, D)`, features of every tile.
         scores: `(T, P)`, the selector's scores of all visual tokens.
-        tolerance: how far that probability, 0 to 1, may lie below that of the dense model.
+        tolerance: largest drop of that probability, 0 to 1, below the dense model's.
 
-    Returns the number of the level, 0 for complexity 0; the highest where none suffices.
+    Returns the index of the level, 0 for complexity 0; the highest if none suffices.
     """
     layout = glance.layout
     every = torch.ones_like(layout.is_global)

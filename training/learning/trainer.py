@@ -1,12 +1,11 @@
-"""HF Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers."""
+"""Trainer for question-guided selection: the answer loss through the relaxed selection, and the teachers' losses."""
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.prompt_qgsa import Prompt
@@ -15,74 +14,25 @@ from training.learning.feature_cache import with_features
 from training.learning.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
 from training.learning.store import TensorStore
 from training.learning.teachers import cheapest_sufficient, tile_utility, visual_attention
-
-
-@dataclass
-class QGSATrainingArguments(TrainingArguments):
-    """Arguments of Trainer and of the losses of selection."""
-
-    start_temperature: float = field(default=1.0, metadata={"help": "Gumbel temperature at the first step."})
-    end_temperature: float = field(default=0.1, metadata={"help": "Gumbel temperature at the last step."})
-    answer_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the answer loss through the relaxed selection."}
-    )
-    utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 leaves it out."})
-    utility_temperature: float = field(default=0.5, metadata={"help": "Softmax temperature over a tile's utility."})
-    attention_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the attention teacher; 0 leaves it out."}
-    )
-    attention_share: float = field(
-        default=0.25, metadata={"help": "Share of a batch that the attention teacher is asked about: it is costly."}
-    )
-    neutral_question: str | None = field(
-        default=None,
-        metadata={
-            "help": "The attention teacher's attention is divided by that under this question, if one is given."
-        },
-    )
-    contrastive_weight: float = field(
-        default=0.0, metadata={"help": "Weight of contrastive patch selection; 0 leaves it out."}
-    )
-    patch_word_weight: float = field(
-        default=0.0, metadata={"help": "Weight of patch-word alignment with a frozen CLIP; 0 leaves it out."}
-    )
-    patch_word_temperature: float = field(
-        default=0.5, metadata={"help": "Softmax temperature over CLIP's similarity of cells and words."}
-    )
-    complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the budget; 0 leaves it out."})
-    complexity_learning_rate: float = field(
-        default=3e-3, metadata={"help": "Learning rate of the complexity estimator, which has few steps to learn."}
-    )
-    adapter_learning_rate: float = field(
-        default=3e-4, metadata={"help": "Learning rate of the LoRA adapters; learning_rate is the selector's."}
-    )
-    complexity_start: float = field(
-        default=0.4,
-        metadata={"help": "Share of the steps after which the budget is taught: it needs a selector first."},
-    )
-    complexity_tolerance: float = field(
-        default=0.1,
-        metadata={"help": "A budget suffices when the mean p of the answer's tokens is at most this far below dense."},
-    )
-    target_visual_tokens: float | None = field(
-        default=None, metadata={"help": "Mean visual tokens an image to hold; what the questions need without it."}
-    )
-    budget_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from that target."})
+from training.learning.training_arguments import QGSATrainingArguments
 
 
 class QGSATrainer(Trainer):
-    """Trainer whose loss is the answer's, through the relaxed selection of a random budget, and those of the teachers.
+    """Trainer that adds the teachers' losses to the answer loss through the relaxed selection of a random budget.
 
-    Utility teaches which tiles to look at, attention which tokens to keep (and the tiles, where there is no utility),
-    the cheapest sufficient budget how much. Contrast and CLIP are further teachers of where.
+    The utility teacher says which tiles to look at, the attention teacher which tokens to keep (and which tiles, if
+    there is no utility teacher), the cheapest sufficient budget how much. The contrastive loss and CLIP also teach
+    where to look. The temperature of the relaxed selection falls geometrically from `start_temperature` to
+    `end_temperature`.
 
-    Args (those that Trainer has not):
-        feature_cache: of `open_feature_cache`; without it every image is encoded every time.
-        neutral_ids: tokens of `args.neutral_question`.
+    Args:
+        feature_cache: see `open_feature_cache`; without one, every image is encoded in every epoch.
+        neutral_ids: token ids of `args.neutral_question`.
+        kwargs: passed to `transformers.Trainer`.
 
-    The temperature of the relaxed selection falls geometrically from `start_temperature` to `end_temperature`.
-    Raises ValueError for a model without a selection to train, an `attention_share` that is none, a target outside of
-    the budget, several GPUs in one process, and as soon as a loss is not finite.
+    Raises ValueError if the model's selection is "dense", if `attention_share` is not in (0, 1], if
+    `target_visual_tokens` is outside the budget, if one process has several GPUs, and as soon as the loss is not
+    finite.
     """
 
     def __init__(
@@ -94,25 +44,26 @@ class QGSATrainer(Trainer):
         **kwargs,
     ):
         if model.config.selection == "dense":
-            raise ValueError('selection is "dense": the trainer has no selection to train')
+            raise ValueError("selection ('dense'): nothing to train. Choose before_encoder, after_encoder or blocks")
         if not 0 < args.attention_share <= 1:
-            raise ValueError(f"attention_share is {args.attention_share}: it has to be above 0 and at most 1")
+            raise ValueError(f"attention_share ({args.attention_share}): must be above 0 and at most 1")
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start one each with torchrun, or set CUDA_VISIBLE_DEVICES"
+                f"n_gpu ({args.n_gpu}): one process can use only one GPU. Start one process per GPU with torchrun, or "
+                "set CUDA_VISIBLE_DEVICES"
             )
         config, target = model.config, args.target_visual_tokens
         if target is not None and not config.min_visual_tokens <= target <= config.max_visual_tokens:
             raise ValueError(
-                f"target_visual_tokens is {target}: it has to be within min_visual_tokens {config.min_visual_tokens} "
-                f"and max_visual_tokens {config.max_visual_tokens}"
+                f"target_visual_tokens ({target}): must be between min_visual_tokens ({config.min_visual_tokens}) and "
+                f"max_visual_tokens ({config.max_visual_tokens})"
             )
         super().__init__(model=model, args=args, **kwargs)
         self.feature_cache, self.neutral_ids = feature_cache, neutral_ids
-        self.model_accepts_loss_kwargs = False  # the losses are means: accumulated steps are to be averaged
+        self.model_accepts_loss_kwargs = False  # the losses are means, so accumulated steps must be averaged
 
     def create_optimizer(self, *args, **kwargs):
-        """Trainer's optimizer, with learning rates of their own for the complexity estimator and the adapters."""
+        """Trainer's optimizer, with separate learning rates for the complexity estimator and the adapters."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = {
             ".complexity_estimator.": self.args.complexity_learning_rate,
@@ -128,7 +79,7 @@ class QGSATrainer(Trainer):
         return optimizer
 
     def progress(self) -> float:
-        """Share of the steps that are done, 0 to 1."""
+        """Share of the steps done so far, 0 to 1."""
         return self.state.global_step / max(1, self.state.max_steps)
 
     def temperature(self) -> float:
@@ -146,7 +97,7 @@ class QGSATrainer(Trainer):
         if self.feature_cache is not None and "pixel_values" in inputs:
             inputs = with_features(self.feature_cache, base, inputs)
         outputs = model(**inputs, gumbel_temperature=self.temperature())
-        if outputs.glance is None:  # no image in the whole batch
+        if outputs.glance is None:  # the batch has no images
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         glance, features = outputs.glance, outputs.image_hidden_states
         prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
@@ -154,23 +105,25 @@ class QGSATrainer(Trainer):
         losses |= self.teacher_losses(base, glance, features, prompt)
         losses |= self.grounding_losses(base.model.selector, glance, prompt, patch_words)
         losses |= self.budget_losses(base, glance, features, prompt)
-        # The estimator is used before it is taught, and DDP waits for a gradient of all that was used.
+        # DDP expects a gradient for every module in use, and the estimator is in use before it is taught.
         loss = sum(losses.values()) + 0 * glance.complexity_logits.sum()
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step}: {losses}")
+            raise ValueError(
+                f"loss ({loss.item()} at step {self.state.global_step}): must be finite. Its parts: {losses}"
+            )
         if self.state.global_step % self.args.logging_steps == 0:
             self.log_losses(losses, Budget.of(base.config), glance)
         return (loss, outputs) if return_outputs else loss
 
     def log_losses(self, losses: dict[str, torch.Tensor], budget: Budget, glance):
-        """Log the losses by name and the budget that would be used now: their means over all processes."""
+        """Log each loss and the budget that inference would use now, as means over all processes."""
         tiles, tokens = budget.resolve(glance.complexity)
         values = losses | {"tiles": tiles.float().mean(), "visual_tokens": tokens.float().mean()}
         means = self.accelerator.reduce(torch.stack([value.detach() for value in values.values()]), "mean")
         self.log(dict(zip(values, (round(mean, 4) for mean in means.tolist()))))
 
     def teacher_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """Where to look, from answers: utility and attention. `features` `(T, P, D)` are those of every tile."""
+        """Losses of where to look, from answers: utility and attention. `features` `(T, P, D)` covers every tile."""
         args, losses, layout = self.args, {}, glance.layout
         mass = tile_relevance(glance.relevance.exp(), layout)
         if args.utility_weight:
@@ -186,13 +139,13 @@ class QGSATrainer(Trainer):
             attention = visual_attention(model, glance, features, prompt, asked, self.neutral_ids)
             loss = attention_loss(match, attention, layout)
             if not args.utility_weight:
-                of_tiles = attention.sum(1).log().masked_fill(layout.is_global, float("-inf"))
-                loss = loss + utility_loss(mass, of_tiles, layout, temperature=1.0)
+                tile_attention = attention.sum(1).log().masked_fill(layout.is_global, float("-inf"))
+                loss = loss + utility_loss(mass, tile_attention, layout, temperature=1.0)
             losses["attention_loss"] = args.attention_weight * loss
         return losses
 
     def grounding_losses(self, selector, glance, prompt: Prompt, patch_words) -> dict[str, torch.Tensor]:
-        """Where to look, from pictures and words alone: contrast and CLIP (QGSA, self-supervised grounding)."""
+        """Losses of where to look, from images and words alone (QGSA's self-supervised grounding)."""
         args, losses = self.args, {}
         if args.contrastive_weight:
             query = selector.query(glance.question_state).chunk(2, dim=-1)[1]
@@ -211,7 +164,7 @@ class QGSATrainer(Trainer):
         return losses
 
     def budget_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """How much to look at: the cheapest sufficient budget, and the mean that is to be held."""
+        """Losses of how much to look at: the cheapest sufficient budget, and the target for the mean."""
         args, losses, config = self.args, {}, model.config
         if self.progress() < args.complexity_start:
             return losses

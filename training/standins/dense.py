@@ -1,9 +1,9 @@
-"""Training the tiny dense SmolVLM on cards, in three steps, as the real ones are made.
+"""Training the tiny dense SmolVLM on cards in three steps, similar to a real one.
 
-1. The language model learns to answer from words: in the place of pictures it reads what they show.
-2. The vision tower learns to name what is on single tiles and thumbnails, in the words of that language
-   model: its visual tokens are drawn to the embeddings of what they show.
-3. Tower and language model are joined on pictures, the tower held fixed.
+1. The language model learns to answer from words: visual tokens are replaced by the words for what they show.
+2. The vision tower learns to name the contents of single tiles and thumbnails: its visual tokens are pulled towards
+   the language model's embeddings of those words.
+3. Tower and language model are trained together on pictures, with the tower frozen.
 """
 
 from dataclasses import replace
@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, render
 from training.data.collator import QuestionCollator
 from training.standins.lessons import Lesson, LessonCollator, Lessons, WordCollator
 
 
-NOISE = 0.5  # of what stands in for visual tokens, in standard deviations of the embeddings
-NAME_LENGTH = 0.6  # of a row of the tower's classifier: about that of a fresh linear layer
+NOISE = 0.5  # on the words that replace visual tokens, in standard deviations of the embeddings
+NAME_LENGTH = 0.6  # norm of a row of the tower's classifier, about that of a new linear layer
 
 
 def parse_stages(text: str, batch_size: int) -> list[tuple[list[tuple[int, int]], int]]:
-    """Read `"2x2:9600 2x2,4x4:19200"`: the canvases of a stage, in tiles, and its number of lessons.
+    """Parse `"2x2:9600 2x2,4x4:19200"`: per stage, its canvases in tiles and its number of lessons.
 
-    Numbers are rounded down to whole batches. Raises ValueError where a stage cannot be read or holds less than one.
+    Numbers are rounded down to whole batches. Raises ValueError if a stage cannot be parsed, or is below one batch.
     """
     stages = []
     for part in text.split():
@@ -39,14 +40,14 @@ def parse_stages(text: str, batch_size: int) -> list[tuple[list[tuple[int, int]]
             if any(len(grid) != 2 for grid in grids):
                 raise ValueError(part)
         except ValueError as error:
-            raise ValueError(f"cannot read the stage {part!r}, write it like 2x2,4x4:9600") from error
+            raise ValueError(f"stage ({part!r}): cannot be parsed. Write it like 2x2,4x4:9600") from error
         if stages[-1][1] == 0:
-            raise ValueError(f"the stage {part!r} is smaller than one batch of {batch_size}")
+            raise ValueError(f"stage ({part!r}): must not be smaller than one batch ({batch_size})")
     return stages
 
 
 def lessons_of(stages: str, args, seed: int, drawn: bool) -> torch.utils.data.ConcatDataset:
-    """The lessons of all `stages` (see `parse_stages`), from `seed` on a seed each, so that none come twice."""
+    """The lessons of all `stages` (see `parse_stages`); each stage has its own seed, so that no lesson is repeated."""
     batch = args.train_batch_size
     parts = parse_stages(stages, batch)
     return torch.utils.data.ConcatDataset(
@@ -55,7 +56,7 @@ def lessons_of(stages: str, args, seed: int, drawn: bool) -> torch.utils.data.Co
 
 
 class WordTrainer(Trainer):
-    """Trains the language model with the embeddings of words, and noise, in the place of visual tokens."""
+    """Trains the language model on word embeddings with noise instead of visual tokens."""
 
     def compute_loss(self, model, inputs, **kwargs):
         inputs = dict(inputs)
@@ -69,16 +70,16 @@ class WordTrainer(Trainer):
 
 
 class Tower(torch.nn.Module):
-    """The vision tower and connector, naming what is in view: a tile by all its visual tokens, a thumbnail by each.
+    """Vision tower and connector with a classifier; the visual tokens of a tile are averaged, a thumbnail's are not.
 
-    The classifier is fixed: the language model's own embeddings of the words for colours and figures.
+    The classifier is frozen: it consists of the language model's embeddings of the words for colours and figures.
     """
 
     def __init__(self, model, words: list[int]):
         super().__init__()
         self.vision_model, self.connector = model.model.vision_model, model.model.connector
         embeddings = model.get_input_embeddings().weight[words].detach()
-        self.length = float(embeddings.norm(dim=1).mean()) * 2**0.5  # of the sum of a colour and a figure
+        self.length = float(embeddings.norm(dim=1).mean()) * 2**0.5  # norm of the sum of a colour and a figure
         self.register_buffer("names", NAME_LENGTH * torch.nn.functional.normalize(embeddings))
 
     def tokens(self, pixel_values):
@@ -89,7 +90,7 @@ class Tower(torch.nn.Module):
 
     @torch.no_grad()
     def rescale(self, pixel_values):
-        """Scale the connector so that the tokens of these tiles are as long as the words that they stand for."""
+        """Scale the connector so that the tokens of these tiles have the norm of the words that they stand for."""
         self.connector.modality_projection.proj.weight.mul_(
             self.length / self.tokens(pixel_values).norm(dim=-1).mean()
         )
@@ -98,8 +99,8 @@ class Tower(torch.nn.Module):
         """Loss and logits `(B, P, 16)` of tiles `(B, 3, H, W)`.
 
         Args:
-            together: `(B,)` bool, whether the visual tokens of a tile name it by the mean of their logits.
-            labels: `(B, P, 16)`, the shares of colours and figures.
+            together: `(B,)` bool, whether the logits are averaged over the visual tokens of a tile.
+            labels: `(B, P, 16)`, target probabilities of colours and figures.
         """
         logits = self.tokens(pixel_values) @ self.names.T
         logits = torch.where(together[:, None, None], logits.mean(1, keepdim=True), logits)
@@ -109,15 +110,17 @@ class Tower(torch.nn.Module):
 
 
 class Tiles(torch.utils.data.Dataset):
-    """Single tiles with a card or none, and thumbnails of 4 x 4 tiles.
+    """Single tiles with or without a card, and thumbnails of 4 x 4 tiles.
 
-    Each item has `pixel_values` `(3, 64, 64)` in -1 .. 1; `labels` `(16, 16)`, what each visual token is to name,
-    equal shares of all colours or all figures where there is none to tell; and `together`, whether the tokens name it
-    by the mean of what they say. In a thumbnail each names the colour of its own place, so that cards can be found and
-    counted there.
+    Each item has `pixel_values` `(3, 64, 64)` between -1 and 1; `labels` `(16, 16)`, the target probabilities of each
+    visual token, uniform over colours or figures if there are none to name; and `together`, whether the logits of the
+    tokens are averaged. In a thumbnail, each token names the colour at its own position, so that cards can be found
+    and counted there.
 
     Args:
-        kinds: shares of tiles with a card, of empty tiles and of thumbnails.
+        split, seed: as for `Cards`.
+        size: number of items.
+        kinds: shares of tiles with a card, empty tiles and thumbnails.
     """
 
     def __init__(self, split: str, size: int, seed: int, kinds=(0.75, 0.1, 0.15)):
@@ -147,12 +150,12 @@ class Tiles(torch.utils.data.Dataset):
 
 
 def stage_arguments(args, name: str, **changes):
-    """`args` for a step that comes before the last: in a folder of its own, without evaluation."""
+    """`args` for a step before the last: in a subfolder, without evaluation."""
     return replace(args, output_dir=f"{args.output_dir}/{name}", eval_strategy="no", **changes)
 
 
 def train_resumable(trainer: Trainer):
-    """Train from the last checkpoint of the trainer's folder, if there is one."""
+    """Train, continuing from the last checkpoint in the trainer's folder, if there is one."""
     folder = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
 
@@ -172,9 +175,9 @@ def train_tower(model, processor, args, samples: int):
 
 
 def exact_match_by_family(dataset: Cards):
-    """`compute_metrics` for Trainer: the share of answers of which every token is the model's first choice.
+    """`compute_metrics` for Trainer: the share of answers whose every token is the model's first choice.
 
-    Given the answer's own tokens before it, that is the share greedy decoding would answer exactly.
+    This equals the exact match of greedy decoding.
     """
 
     def compute_metrics(prediction):
@@ -187,28 +190,25 @@ def exact_match_by_family(dataset: Cards):
     return compute_metrics
 
 
-def train_dense(model, processor, args, words: str, tower_samples: int, pictures: str, validation_size: int):
-    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes where it stopped.
+def train_dense(model, processor, args: TrainingArguments, stand_in: StandInArguments):
+    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; continues an interrupted training.
 
-    Args:
-        words, pictures: lessons of step 1 and step 3, see `parse_stages`.
-        tower_samples: single tiles and thumbnails of step 2.
-        validation_size: number of validation questions for each evaluation of step 3.
+    Raises ValueError if the stages of `stand_in` cannot be parsed, see `parse_stages`.
     """
-    picture_lessons = lessons_of(pictures, args, args.seed + 100, drawn=True)
+    picture_lessons = lessons_of(stand_in.pictures, args, args.seed + 100, drawn=True)
     if not list(Path(args.output_dir).glob("checkpoint-*")):
         reader = stage_arguments(args, "words")
-        word_lessons = lessons_of(words, args, args.seed, drawn=False)
+        word_lessons = lessons_of(stand_in.words, args, args.seed, drawn=False)
         train_resumable(WordTrainer(model, reader, WordCollator(processor), word_lessons))
-        train_tower(model, processor, args, tower_samples)
+        train_tower(model, processor, args, stand_in.tower_samples)
     model.model.vision_model.requires_grad_(False)
-    validation = Cards("validation", validation_size, args.seed)
+    validation = Cards("validation", stand_in.validation_size, args.seed)
     lessons, questions = LessonCollator(processor), QuestionCollator(processor)
 
     def collate(samples):
         if isinstance(samples[0], Lesson):
             return lessons(samples)
-        return questions(samples) | {"use_cache": False}  # Trainer gathers all outputs, and no cache can be gathered
+        return questions(samples) | {"use_cache": False}  # Trainer gathers all outputs, and cannot gather a cache
 
     trainer = Trainer(
         model=model,
@@ -226,7 +226,7 @@ def train_dense(model, processor, args, words: str, tower_samples: int, pictures
 
 
 def train_on_questions(model, processor, args, train):
-    """Train all of `model` on the questions of a data set of real images, and return it; resumes where it stopped."""
+    """Train all of `model` on questions about real images and return it; continues an interrupted training."""
     trainer = Trainer(model, args, QuestionCollator(processor), train)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer.model

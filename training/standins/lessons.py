@@ -1,8 +1,8 @@
-"""Lessons: a picture of cards and a dozen questions about it in one sequence, for learning to answer fast.
+"""Lessons: a picture of cards and a dozen questions about it in one sequence, for fast training.
 
-No question sees another: an attention mask hides them from each other, and the positions of each start where the
-picture ends. A lesson of twelve questions is therefore worth twelve samples, while the picture, which is most of the
-cost, is read once, and no answer gives another away.
+The attention mask hides the questions from each other, and the position ids of each question start at the end of the
+picture. A lesson of twelve questions is therefore worth twelve samples, while the picture, which is most of the cost,
+is processed once.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from training.data.cards import (
 from training.data.collator import conversation
 
 
-# What is learnt last is asked for more often than in the benchmark.
+# Families that are learnt last have larger shares than in the benchmark.
 SHARES = {
     "count": 0.05,
     "presence": 0.12,
@@ -47,7 +47,7 @@ UNSPLIT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer in pieces, each with whether it is learnt: what nothing tells is not."""
+    """A question and its answer in pieces, each with whether it is learnt; pieces that cannot be inferred are not."""
 
     text: str
     pieces: tuple[tuple[str, bool], ...]
@@ -55,7 +55,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A scene on `rows` x `columns` tiles, shown in tiles or (`split` False) as the thumbnail alone."""
+    """A scene of `rows` x `columns` tiles, shown in tiles or (`split` False) as a thumbnail only."""
 
     rows: int
     columns: int
@@ -66,11 +66,11 @@ class Lesson:
 
 
 def describe(rng: np.random.Generator, cards: tuple[Card, ...], split: bool) -> Question:
-    """Ask for all cards in any order, two facts a card ("red star, blue moon").
+    """Ask for all cards in random order, two facts per card ("red star, blue moon").
 
-    The first fact is free and is not learnt. The second follows from it by the shortest of lookups, which is what
-    answering a question is made of; it is not learnt either where two cards share the first. In reading order it would
-    follow from counting instead.
+    The first fact is arbitrary and is not learnt. The second follows from it by a single lookup, the elementary step
+    of answering a question; it is not learnt if two cards share the first fact. In reading order, it would follow from
+    counting instead.
     """
     kinds = DESCRIPTIONS if split else DESCRIPTIONS[2:3]
     text, facts = kinds[rng.integers(len(kinds))]
@@ -82,14 +82,14 @@ def describe(rng: np.random.Generator, cards: tuple[Card, ...], split: bool) -> 
 
 
 class Lessons(torch.utils.data.Dataset):
-    """Lessons on canvases of `grids`, a list of (rows, columns); every lesson is made anew from its index.
+    """Lessons on canvases of `grids`, a list of (rows, columns); every lesson is generated from its index.
 
     Args:
         split, seed: as for `Cards`.
         size: number of lessons.
-        batch_size: as many lessons in a row share their canvas, and whether they are shown in tiles.
-        drawn: False leaves the picture out.
-        questions: questions to a lesson, beside the description of all cards.
+        batch_size: number of consecutive lessons that share their canvas, and whether they are shown in tiles.
+        drawn: whether to draw the picture.
+        questions: number of questions per lesson, in addition to the description of all cards.
     """
 
     def __init__(self, split, size, seed, grids, batch_size, drawn=True, questions=12):
@@ -123,8 +123,8 @@ class Lessons(torch.utils.data.Dataset):
 class LessonCollator:
     """Packs lessons into `input_ids`, `position_ids`, `labels` `(B, L)` and a bool `attention_mask` `(B, 1, L, L)`.
 
-    With pictures, the processor's `pixel_values` and `pixel_attention_mask` come along. All lessons of a batch share
-    their canvas.
+    With pictures, the processor's `pixel_values` and `pixel_attention_mask` are added. All lessons of a batch must
+    share their canvas.
     """
 
     def __init__(self, processor):
@@ -139,10 +139,10 @@ class LessonCollator:
         return self.pack(prefixes, [lesson.questions for lesson in lessons]) | visual
 
     def show(self, lessons):
-        """Token ids of everything up to the questions, a list for each lesson, and the visual inputs."""
+        """Token ids of everything before the questions, one list per lesson, and the visual inputs."""
         first = lessons[0]
         inputs = self.processor(
-            text=[f"{self.opening}<image>?"] * len(lessons),  # without a question, QGSAProcessor refuses
+            text=[f"{self.opening}<image>?"] * len(lessons),  # QGSAProcessor requires a question
             images=[[lesson.image] for lesson in lessons],
             size={"longest_edge": max(first.image.size)},  # keeps the canvas at its size
             do_image_splitting=first.split,
@@ -152,10 +152,10 @@ class LessonCollator:
         return [ids[:-1] for ids in inputs["input_ids"].tolist()], visual
 
     def pack(self, prefixes: list[list[int]], questions: list[tuple[Question, ...]]) -> dict[str, torch.Tensor]:
-        """Append the questions of each lesson to its prefix, hidden from each other."""
+        """Append the questions of each lesson to its prefix, and mask them from each other."""
         rows = [self._row(prefix, asked) for prefix, asked in zip(prefixes, questions)]
         longest = max(len(ids) for ids, *_ in rows)
-        fill = (self.tokenizer.pad_token_id, 0, -100, -1)  # branch -1: padding is seen by itself only
+        fill = (self.tokenizer.pad_token_id, 0, -100, -1)  # branch -1: padding attends to padding only
         ids, positions, labels, branch = (
             torch.tensor([row[part] + [fill[part]] * (longest - len(row[part])) for row in rows]) for part in range(4)
         )
@@ -164,7 +164,7 @@ class LessonCollator:
         return {"input_ids": ids, "position_ids": positions, "labels": labels, "attention_mask": mask[:, None]}
 
     def _row(self, prefix, questions):
-        """Token ids, positions, labels and branches (0 the prefix, then one a question) of one lesson."""
+        """Token ids, positions, labels and branches (0 for the prefix, then one per question) of one lesson."""
         ids, labels = list(prefix), [-100] * len(prefix)
         positions, branch = list(range(len(prefix))), [0] * len(prefix)
         for number, question in enumerate(questions, start=1):
@@ -183,9 +183,9 @@ class LessonCollator:
 
 
 class WordCollator(LessonCollator):
-    """Lessons without pictures: `words` `(V, 2)` tells what each visual token shows, as token ids, -1 for nothing.
+    """Lessons without pictures: `words` `(V, 2)` has the contents of each visual token as token ids, -1 for nothing.
 
-    A tile is one visual token, its card's colour and figure; the thumbnail is 4 x 4, the colours at their places.
+    A tile is one visual token with the colour and figure of its card; the thumbnail is 4 x 4 tokens with colours.
     """
 
     def __init__(self, processor):
@@ -198,7 +198,7 @@ class WordCollator(LessonCollator):
         return [self._encode(self.opening + text) for text, _ in shown], {"words": words}
 
     def _show(self, lesson):
-        """The image part of a prompt, as the processor writes it, and the words of its visual tokens."""
+        """The image part of a prompt, as the processor writes it, and the words for its visual tokens."""
         on = {(card.row, card.column): (self.ids[card.colour], self.ids[card.figure]) for card in lesson.cards}
         nothing = (-1, -1)
         text, words = "", []

@@ -1,6 +1,6 @@
-"""The tiny stand-in for SmolVLM: its architecture, its tokenizer and its processor, made from nothing.
+"""The tiny stand-in for SmolVLM: architecture, tokenizer and processor, built from scratch.
 
-A tile is 64 px, a patch 8 px, a visual token 2x2 patches: 16 tokens a tile and 17 tiles, 272 visual tokens an image.
+A tile has 64 px, a patch 8 px, a visual token 2 x 2 patches: 16 tokens per tile, 17 tiles and 272 tokens per image.
 """
 
 import json
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from modeling_qgsa import QGSAProcessor
 from training.data.cards import FAMILIES, make_question, make_scene
 
 
@@ -25,7 +26,7 @@ TILE_TOKENS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in 
 SPECIAL_TOKENS = ["<global-img>", *TILE_TOKENS, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 VOCABULARY = 512
 
-# SmolVLM's conversation format: no blank after the role of a turn that begins with an image.
+# SmolVLM's conversation format: no space after the role if the turn starts with an image.
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
     "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
@@ -37,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def _corpus(questions: int = 4000):
-    """Questions and answers of the training split, without their pictures."""
+    """Questions and answers of the training split, without pictures."""
     rng = np.random.default_rng(0)
     families = list(FAMILIES)
     for number in range(questions):
@@ -48,7 +49,7 @@ def _corpus(questions: int = 4000):
 
 
 def build_tokenizer(texts=None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens over `texts`, by default the words of cards, and SmolVLM's own special tokens."""
+    """A byte-level BPE of 512 tokens trained on `texts` (by default cards), with SmolVLM's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +74,7 @@ def build_tokenizer(texts=None) -> PreTrainedTokenizerFast:
 
 
 def build_processor(texts=None, longest_edge: int = 256) -> Idefics3Processor:
-    """The stock processor over tiles of 64 px: images are scaled to `longest_edge` px on the long side and split."""
+    """The stock processor with tiles of 64 px: images are scaled to `longest_edge` px on the longer side and split."""
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": longest_edge}, max_image_size={"longest_edge": 64}
     )
@@ -81,7 +82,7 @@ def build_processor(texts=None, longest_edge: int = 256) -> Idefics3Processor:
 
 
 def save_processor(processor: Idefics3Processor, folder):
-    """Save a processor in files that transformers 4 reads too, as those of the published checkpoints."""
+    """Save a processor in the format of the published checkpoints, which transformers 4 reads too."""
     folder = Path(folder)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -101,10 +102,10 @@ def save_processor(processor: Idefics3Processor, folder):
 
 
 def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
-    """A fresh Idefics3 of 1.8 M parameters, seeded by torch's global generator.
+    """A new Idefics3 with 1.8 M parameters, initialised from torch's global generator.
 
-    The initialisation is 1 / sqrt(width): with the usual 0.02 a width of 128 does not learn to bind in reasonable
-    time. Attention starts out mimetic, see `attend_to_alike`.
+    The standard deviation of the weights is 1 / sqrt(width): with the usual 0.02, a model of width 128 does not learn
+    binding in reasonable time. Attention has a mimetic initialisation, see `attend_to_alike`.
     """
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
@@ -147,12 +148,19 @@ def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneratio
     return model
 
 
+def build_stand_in(texts=None, longest_edge: int = 256) -> tuple[Idefics3ForConditionalGeneration, QGSAProcessor]:
+    """A new stand-in and a QGSA processor for it; arguments as in `build_processor`."""
+    stock = build_processor(texts, longest_edge)
+    parts = {"image_seq_len": stock.image_seq_len, "chat_template": stock.chat_template}
+    return build_model(stock), QGSAProcessor(stock.image_processor, stock.tokenizer, **parts)
+
+
 @torch.no_grad()
 def attend_to_alike(attention, gain: float = 1.2):
-    """Initialise self-attention so that tokens attend to tokens like themselves, and copy what those hold.
+    """Initialise self-attention so that tokens attend to similar tokens and copy their contents.
 
-    Keys start equal to queries, the output as the transpose of the values (Trockman and Kolter, "Mimetic
-    Initialization of Self-Attention Layers", 2023). Finding again what was named is where answering begins.
+    Keys start equal to queries, the output projection as the transpose of the values (Trockman and Kolter, "Mimetic
+    Initialization of Self-Attention Layers", 2023). Answering starts with finding the object that was named.
     """
     attention.q_proj.weight.mul_(gain)
     attention.k_proj.weight.copy_(attention.q_proj.weight)

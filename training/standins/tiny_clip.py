@@ -1,15 +1,14 @@
-"""Trains the tiny CLIP that stands in for a real one on cards, where weights cannot be fetched.
+"""Train the tiny CLIP that stands in for a real one on cards, if weights cannot be downloaded.
 
     python training/standins/tiny_clip.py --output_dir hub_cards/tiny-clip
 
-Captions name cards by colour and figure, and never their places. It sees canvases of the training split at 64 px:
-whole, as `PatchWordAlignment` shows them, or windows of them. The folder is in open_clip's own format, tokenizer
-included.
+Captions name cards by colour and figure, never by position. The images are canvases of the training split at 64 px:
+whole, as in `PatchWordAlignment`, or windows of them. The folder has open_clip's format, tokenizer included.
 """
 
-import argparse
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,14 @@ from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm, trange
 from transformers import PreTrainedTokenizerFast
 
+from training.cli.arguments import parse
 from training.data.cards import TILE, Card, Cards, make_scene, render
 from training.learning.clip_alignment import NEUTRAL, WORD, PatchWordAlignment, clip_pixels
 from training.standins.tiny import build_tokenizer
 
 
 def build_clip_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer, padded on the right, with an end of text for CLIP to pool at."""
+    """The tiny model's tokenizer, right-padded, with an end-of-text token for CLIP to pool at."""
     tokenizer = build_tokenizer()
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -38,7 +38,7 @@ def build_clip_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """`open_clip_config.json`: 8 x 8 patches of 8 px, and a text tower of two layers."""
+    """Contents of `open_clip_config.json`: 8 x 8 patches of 8 px, and a text tower of two layers."""
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -71,7 +71,7 @@ def name_card(rng: np.random.Generator, card: Card) -> str:
 
 
 def caption(rng: np.random.Generator, cards: tuple[Card, ...]) -> str:
-    """Name all cards in view, in any order."""
+    """Name all cards in view, in random order."""
     order = rng.permutation(len(cards))
     return WORD.format(" and ".join(name_card(rng, cards[number]) for number in order)) if cards else NEUTRAL
 
@@ -79,8 +79,8 @@ def caption(rng: np.random.Generator, cards: tuple[Card, ...]) -> str:
 def make_view(rng: np.random.Generator) -> tuple[Image.Image, tuple[Card, ...]]:
     """A square window of a training canvas, and the cards in it.
 
-    Half of the windows are 2 x 2 tiles about some card: whole canvases show so many cards that a caption says little
-    about any one of them. The others are whole, at the scale at which CLIP is asked.
+    Half of the windows are 2 x 2 tiles around a card: whole canvases have so many cards that a caption says little
+    about any single one. The others are whole canvases, the scale at which CLIP is used.
     """
     cards = make_scene(rng, "train")
     image = Image.fromarray(render(rng, cards))
@@ -93,7 +93,7 @@ def make_view(rng: np.random.Generator) -> tuple[Image.Image, tuple[Card, ...]]:
 
 
 def train(clip, tokenizer, images: int, steps: int, batch_size: int, learning_rate: float, seed: int):
-    """Train on `images` views of the training split, each under a new caption every time."""
+    """Train on `images` views of the training split, with a new caption every time."""
     rng = np.random.default_rng((seed, 0xC11B))
     scenes, pixels = [], torch.empty(images, 3, 64, 64)
     for number in trange(images, desc="views"):
@@ -119,9 +119,9 @@ def train(clip, tokenizer, images: int, steps: int, batch_size: int, learning_ra
 
 
 def pointing(alignment: PatchWordAlignment, questions: int, split: str = "validation") -> float:
-    """How often the cell most alike to the words lies on the card asked for, over `open` and `refer` questions.
+    """Share of `open` and `refer` questions whose most similar cell lies on the card in question.
 
-    The cell's centre has to lie within the card's box; on 4 x 4 cells chance is 1 / 16.
+    The centre of the cell must lie within the card's box; with 4 x 4 cells, chance is 1 / 16.
     """
     asked = (sample for sample in Cards(split, 100 * questions) if sample["family"] in ("open", "refer"))
     hits = 0
@@ -133,16 +133,20 @@ def pointing(alignment: PatchWordAlignment, questions: int, split: str = "valida
     return hits / questions
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True, help="Folder of the CLIP.")
-    parser.add_argument("--images", type=int, default=8000, help="Canvases.")
-    parser.add_argument("--steps", type=int, default=600, help="Batches.")
-    parser.add_argument("--batch_size", type=int, default=128, help="Canvases a batch.")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Highest learning rate.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights, canvases and captions.")
-    args = parser.parse_args()
+@dataclass
+class TinyClipArguments:
+    """How the CLIP is trained."""
 
+    output_dir: str = field(metadata={"help": "Folder for the CLIP."})
+    images: int = field(default=8000, metadata={"help": "Number of canvases."})
+    steps: int = field(default=600, metadata={"help": "Number of batches."})
+    batch_size: int = field(default=128, metadata={"help": "Canvases per batch."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, canvases and captions."})
+
+
+def main():
+    args = parse(TinyClipArguments, __doc__)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_clip_tokenizer()

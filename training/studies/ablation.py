@@ -17,13 +17,16 @@ from transformers import set_seed
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from training.cli.arguments import errors_in_one_line
+from training.cli.presets import parse_arguments
 from training.data.sets import load_data
 from training.evaluation.answers import answer
 from training.evaluation.report import write_results
 from training.evaluation.rows import bootstrap_interval, grade_answers, make_row
 from training.evaluation.systems import DENSE, System
-from training.learning.tasks import load_base, train_selection
-from training.run_qgsa import last_checkpoint, parse_arguments
+from training.learning.output import last_checkpoint
+from training.learning.train import train_selection
+from training.learning.training_arguments import GROUPS, LossArguments, QGSATrainingArguments
+from training.standins.loading import load_base
 
 
 SEEDS = (1, 2, 3)
@@ -47,7 +50,7 @@ def trained(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def train_variant(run, args, name: str, seed: int):
+def train_variant(groups: list, args, name: str, seed: int):
     """Train the model of a variant and a seed into its folder, unless it exists or another process is training it."""
     folder = folder_of(Path(args.output_dir), name, seed)
     if trained(folder):
@@ -60,9 +63,11 @@ def train_variant(run, args, name: str, seed: int):
             args = replace(args, output_dir=str(folder), seed=seed, **weights)
             args.resume_from_checkpoint = last_checkpoint(folder)
             set_seed(seed)
-            dense, processor = load_base(run)
-            train, _ = load_data(run, seed)
-            train_selection(dense, processor, run, args, train).save_pretrained(folder)
+            model, data, selection, _, features = groups
+            dense, processor = load_base(model)
+            train, _ = load_data(data, seed)
+            tuned = train_selection(dense, processor, train, model, selection, features, args)
+            tuned.save_pretrained(folder)
     except Timeout:
         print(f"{name}, seed {seed} is being trained by another process", flush=True)
 
@@ -102,16 +107,17 @@ def format_ablation(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def evaluate_variants(run, args, output: Path, dense, processor, test) -> list[dict]:
-    """One row per variant, from the trained models in `output`, on the questions `test`, paired with `dense`."""
+def evaluate_variants(dataset: str, evaluation, args, dense, processor, test) -> list[dict]:
+    """One row per variant, from the trained models in the output folder, on the questions `test`, paired with `dense`."""
+    output = Path(args.output_dir)
     dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer).to(args.device)
     systems = [System("dense", dense, DENSE)]
     for name in VARIANTS:
         for seed in SEEDS:
             model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder_of(output, name, seed)).to(args.device)
             systems.append(System(f"{name}, seed {seed}", model))
-    everything, samples = answer(systems, test, processor, run.test_batch_size, run.max_new_tokens)
-    grades = grade_answers(run.dataset, everything, samples)
+    everything, samples = answer(systems, test, processor, evaluation.test_batch_size, evaluation.max_new_tokens)
+    grades = grade_answers(dataset, everything, samples)
     rows = [
         make_row(system.name, answers, samples, own, grades[0])
         for system, answers, own in zip(systems, everything, grades)
@@ -125,21 +131,24 @@ def evaluate_variants(run, args, output: Path, dense, processor, test) -> list[d
 
 
 def main():
+    kinds, shown = (*GROUPS, QGSATrainingArguments), (*GROUPS, LossArguments)
     with errors_in_one_line():
-        _, run, args = parse_arguments(["--output_dir", "outputs/ablation", *sys.argv[1:]], __doc__)
-        dense, processor = load_base(run)
-        _, test = load_data(run, args.seed)
+        arguments = ["--output_dir", "outputs/ablation", *sys.argv[1:]]
+        _, *groups, args = parse_arguments(arguments, __doc__, kinds, shown)
+        model, data, _, evaluation, _ = groups
+        dense, processor = load_base(model)
+        _, test = load_data(data, args.seed)
     output = Path(args.output_dir)
     variants = [(name, seed) for name in VARIANTS for seed in SEEDS]
     for name, seed in variants:
-        train_variant(run, args, name, seed)
+        train_variant(groups, args, name, seed)
     folders = [folder_of(output, *variant) for variant in variants]
     missing = [str(folder) for folder in folders if not trained(folder)]
     if missing:
         sys.exit(f"{len(missing)} of {len(variants)} models are not trained yet: {', '.join(missing)}")
-    summary = evaluate_variants(run, args, output, dense, processor, test)
-    name = "ablation_cards.json" if run.eval_split == "test" else f"ablation_cards_{run.eval_split}.json"
-    write_results(output / name, "demo", run.dataset, len(test), list(SEEDS), summary, run.eval_split)
+    summary = evaluate_variants(data.dataset, evaluation, args, dense, processor, test)
+    name = "ablation_cards.json" if data.eval_split == "test" else f"ablation_cards_{data.eval_split}.json"
+    write_results(output / name, "demo", data.dataset, len(test), list(SEEDS), summary, data.eval_split)
     print(format_ablation(summary))
 
 

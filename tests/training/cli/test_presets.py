@@ -1,107 +1,128 @@
-"""Every preset for the published models, a few steps on their architecture with random weights and small data.
-
-python -m pytest -m slow tests/test_presets.py        # about a minute and a half a preset on two cores
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Presets: how they are read, and that every one of them is understood."""
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+import yaml
+from transformers import TrainingArguments
+
+from training.cli.groups import AnswerArguments, StandInArguments
+from training.cli.presets import PRESETS, STAND_IN_PRESETS, as_options, load_presets, parse_arguments, read_preset
+from training.data.arguments import DataArguments
+from training.data.load import DATASETS
+from training.evaluation.systems import choose_systems
+from training.learning.training_arguments import GROUPS, QGSATrainingArguments
+from training.standins.dense import parse_stages
 
 
-ROOT = Path(__file__).parents[3]
-CHECKPOINTS = ROOT.parent / "shared" / "checkpoints"
-PRESETS = [f"{data}_{size}" for size in ("256m", "500m") for data in ("vqa_rad", "aokvqa", "refcoco")]
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="the published configurations are not at ../shared"),
-]
+KINDS = (*GROUPS, QGSATrainingArguments)
+STAND_IN_KINDS = (StandInArguments, DataArguments, AnswerArguments, TrainingArguments)
+SIZES = {f"{data}_{size}" for data in ("vqa_rad", "aokvqa", "refcoco") for size in ("256m", "500m")}
 
 
-@pytest.fixture(scope="module")
-def images(make_image):
-    """Four images that the published processor cuts into one row of four tiles."""
-    return [make_image(seed, 1024, 256) for seed in range(4)]
+def parse(*arguments):
+    return parse_arguments([*arguments, "--use_cpu", "true"], "", KINDS)
 
 
-def write_vqa_rad(folder, images):
-    (folder / "images").mkdir(parents=True)
-    for number, image in enumerate(images):
-        image.save(folder / "images" / f"{number}.jpg")
-    for name, numbers in (("trainset", (0, 1)), ("testset", (2, 3))):
-        rows = [
-            {
-                "qid": number,
-                "image_name": f"{number}.jpg",
-                "question": "is it red?",
-                "answer": "yes",
-                "answer_type": "CLOSED",
-            }
-            for number in numbers
-        ]
-        (folder / f"{name}.json").write_text(json.dumps(rows))
-
-
-def write_parquet(folder, splits, images, features, row):
-    folder.mkdir(parents=True)
-    for split, numbers in splits.items():
-        rows = [{"image": images[number], "question_id": str(number), **row} for number in numbers]
-        table = Dataset.from_list(
-            rows, features=Features({"image": Image(), "question_id": Value("string"), **features})
-        )
-        table.to_parquet(folder / f"{split}.parquet")
-
-
-def write_aokvqa(folder, images):
-    texts = List(Value("string"))
-    features = {
-        "question": Value("string"),
-        "choices": texts,
-        "correct_choice_idx": Value("int64"),
-        "direct_answers": texts,
-        "difficult_direct_answer": Value("bool"),
-    }
-    row = {
-        "question": "what is it?",
-        "choices": ["dog", "cat", "cow", "hen"],
-        "correct_choice_idx": 2,
-        "direct_answers": ["cow"] * 10,
-        "difficult_direct_answer": False,
-    }
-    write_parquet(folder, {"train": (0, 1), "validation": (2, 3)}, images, features, row)
-
-
-def write_refcoco(folder, images):
-    features = {"answer": List(Value("string")), "bbox": List(Value("float32"))}
-    row = {"answer": ["the red block"], "bbox": [100.0, 20.0, 300.0, 200.0]}
-    write_parquet(folder, {"val": (0, 1), "test": (2, 3)}, images, features, row)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains_and_reports(preset, images, tmp_path):
-    data, size = preset.rsplit("_", 1)
-    {"vqa_rad": write_vqa_rad, "aokvqa": write_aokvqa, "refcoco": write_refcoco}[data](tmp_path / "data", images)
-    result = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "training" / "run_qgsa.py"), "--preset", preset, "--random_weights"),
-            *("--base_model", str(CHECKPOINTS / f"smolvlm-{size}-instruct"), "--data_dir", str(tmp_path / "data")),
-            *("--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--per_device_train_batch_size", "1"),
-            *("--gradient_accumulation_steps", "1", "--complexity_start", "0", "--systems", "dense qgsa"),
-            *("--max_new_tokens", "2", "--use_cpu", "true"),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        cwd=ROOT,
-        timeout=1200,
+def test_the_command_line_wins_over_the_preset():
+    _, _, data, *_, args = parse(
+        "--preset", "demo", "--max_steps", "3", "--test_size", "8", "--output_dir", "elsewhere"
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (results["preset"], results["dataset"], results["n"]) == (preset, data, 2)
-    dense, qgsa = results["rows"]
-    assert dense["tiles_mean"] == 4 and qgsa["tiles_mean"] <= 4 and dense["scores"]
+    assert (args.max_steps, data.test_size, args.output_dir) == (3, 8, "elsewhere")
+    _, _, data, *_, args = parse("--preset", "demo")
+    assert (args.max_steps, data.test_size, args.output_dir) != (3, 8, "elsewhere")
+
+
+def test_the_command_line_wins_over_the_lists_of_the_preset():
+    *_, evaluation, _, _ = parse("--preset", "demo", "--systems", "dense", "qgsa")
+    assert evaluation.systems == ["dense", "qgsa"]
+
+
+def test_the_preset_wins_over_the_defaults():
+    _, _, data, *_ = parse("--preset", "vqa_rad_256m")
+    assert data.dataset == "vqa_rad" != DataArguments.dataset
+
+
+@pytest.mark.parametrize("form", [["--preset", "vqa_rad_256m"], ["--preset=vqa_rad_256m"]])
+def test_both_forms_of_naming_a_preset(form):
+    name, arguments = read_preset(["--max_steps", "3", *form, "--seed=4"])
+    assert name == "vqa_rad_256m"
+    assert arguments[-3:] == ["--max_steps", "3", "--seed=4"]
+    assert not any("preset" in argument for argument in arguments)
+    assert arguments[arguments.index("--dataset") + 1] == "vqa_rad"
+
+
+def test_without_a_preset_it_is_the_default():
+    assert read_preset([])[0] == "demo"
+    assert read_preset([], STAND_IN_PRESETS, "tiny_dense")[0] == "tiny_dense"
+
+
+@pytest.mark.parametrize("name", ["dmeo", "../presets/demo", "", "vqa_rad", "vqa_rad_2b"])
+def test_an_unknown_preset_names_the_known_ones(name):
+    with pytest.raises(SystemExit) as error:
+        read_preset(["--preset", name])
+    message = str(error.value)
+    assert f"unknown preset {name!r}" in message
+    assert all(preset in message for preset in SIZES | {"blocks", "demo", "vqa_rad_tiny"})
+
+
+def test_the_preset_of_another_script_is_refused_by_name():
+    with pytest.raises(SystemExit, match="preset 'demo' belongs to another script: run_qgsa.py"):
+        read_preset(["--preset", "demo"], STAND_IN_PRESETS, "tiny_dense")
+
+
+def test_the_values_of_a_size_win_over_those_of_the_file(tmp_path):
+    content = {"learning_rate": 0.1, "systems": ["dense", "qgsa"], "sizes": {"1b": {"learning_rate": 0.2}, "2b": {}}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "y.yaml").write_text("seed: 3")
+    presets = load_presets(tmp_path)
+    assert list(presets) == ["x_1b", "x_2b", "y"]
+    assert [presets[name].get("learning_rate") for name in presets] == [0.2, 0.1, None]
+    assert as_options(presets["x_1b"]) == ["--learning_rate", "0.2", "--systems", "dense", "qgsa"]
+
+
+def test_sizes_differ_in_the_model_the_batches_and_the_folder_only():
+    presets = load_presets()
+    assert SIZES <= presets.keys()
+    for data in ("vqa_rad", "aokvqa", "refcoco"):
+        small, large = (presets[f"{data}_{size}"] for size in ("256m", "500m"))
+        assert small.keys() == large.keys()
+        differing = {name for name in small if small[name] != large[name]}
+        batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+        assert differing == {"base_model", "output_dir"} | batch
+        for values in (small, large):
+            assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 16
+
+
+@pytest.mark.parametrize("name", load_presets())
+def test_every_preset_is_understood(name):
+    preset, model, data, selection, evaluation, features, args = parse("--preset", name)
+    assert preset == name
+    assert model.base_model and features.clip_model
+    assert (data.eval_split == "validation") == (data.dataset == "aokvqa"), "test but where it is not published"
+    assert data.dataset in DATASETS
+    assert args.output_dir.startswith("outputs/")
+    assert 0 < selection.min_visual_tokens <= selection.max_visual_tokens
+    assert 0 <= selection.min_tiles <= selection.max_tiles
+    assert evaluation.systems[0] == "dense"
+    choose_systems(evaluation.systems, None, None)
+
+
+@pytest.mark.parametrize("name", load_presets(STAND_IN_PRESETS))
+def test_every_preset_of_the_stand_in_is_understood(name):
+    arguments = ["--preset", name, "--use_cpu", "true"]
+    preset, stand_in, data, _, args = parse_arguments(arguments, "", STAND_IN_KINDS, folder=STAND_IN_PRESETS)
+    assert preset == name
+    assert data.dataset in DATASETS and data.eval_split == "test"
+    assert args.output_dir.startswith("outputs/")
+    if data.dataset == "cards":
+        assert parse_stages(stand_in.words, args.per_device_train_batch_size)
+        assert parse_stages(stand_in.pictures, args.per_device_train_batch_size)
+
+
+def test_the_training_arguments_suit_our_collators():
+    *_, args = parse("--preset", "demo", "--report_to", "tensorboard")
+    assert args.remove_unused_columns is False and args.report_to == []
+
+
+def test_files_and_names_agree():
+    assert {path.parent for path in PRESETS.rglob("*.yaml")} == {PRESETS, STAND_IN_PRESETS}
+    assert not load_presets().keys() & load_presets(STAND_IN_PRESETS).keys()

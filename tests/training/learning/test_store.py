@@ -130,7 +130,7 @@ def test_other_weights_and_other_processors_are_refused(make_model, processor, t
     open_feature_cache(tmp_path, make_model(max_tiles=2), processor, 10**6)  # the budget is not the encoder's
     with torch.no_grad():
         next(model.model.connector.parameters()).add_(1)
-    with pytest.raises(ValueError, match="was made with encoder"):
+    with pytest.raises(ValueError, match="it was made with encoder"):
         open_feature_cache(tmp_path, model, processor, 10**6)
     with pytest.raises(ValueError, match="was made with dtype"):
         open_feature_cache(tmp_path, make_model().to(torch.bfloat16), processor, 10**6)

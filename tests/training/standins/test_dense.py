@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, make_scene
 from training.standins.dense import (
     Tiles,
@@ -29,12 +30,12 @@ def test_stages_are_read_in_order_and_rounded_to_whole_batches():
 
 @pytest.mark.parametrize("stage", ["4x4", "4:48", "4x4x4:48", "4x4:many", "4x4:48:1", "axb:48", "4x4,:48"])
 def test_stages_that_cannot_be_read_are_refused_by_name(stage):
-    with pytest.raises(ValueError, match=f"cannot read the stage '{stage}'"):
+    with pytest.raises(ValueError, match=rf"stage \('{stage}'\): cannot be parsed"):
         parse_stages(f"2x2:48 {stage}", 48)
 
 
 def test_a_stage_below_one_batch_is_refused():
-    with pytest.raises(ValueError, match="'4x4:47' is smaller than one batch of 48"):
+    with pytest.raises(ValueError, match=r"stage \('4x4:47'\): must not be smaller than one batch \(48\)"):
         parse_stages("4x4:47", 48)
 
 
@@ -168,7 +169,8 @@ def test_a_few_steps_of_all_three(make_dense, processor, tmp_path, capsys):
     model = make_dense("idefics3")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
-    trained = train_dense(model, processor, args, "2x2:2", 64, "2x2:2 4x4:2", validation_size=4)
+    stand_in = StandInArguments(words="2x2:2", tower_samples=64, pictures="2x2:2 4x4:2", validation_size=4)
+    trained = train_dense(model, processor, args, stand_in)
     assert "names the figure on" in capsys.readouterr().out
     after = dict(trained.named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -186,7 +188,8 @@ def test_a_stopped_run_goes_on_where_it_was(make_dense, processor, tmp_path):
         args = arguments(tmp_path / folder, save_strategy="steps", save_steps=1, max_steps=pictures, seed=3)
         last = sorted((tmp_path / folder).glob("checkpoint-*"))
         args.resume_from_checkpoint = str(last[-1]) if last else None
-        return train_dense(make_dense("idefics3"), processor, args, "2x2:4", 128, "2x2:4", validation_size=4)
+        stand_in = StandInArguments(words="2x2:4", tower_samples=128, pictures="2x2:4", validation_size=4)
+        return train_dense(make_dense("idefics3"), processor, args, stand_in)
 
     unbroken = run("unbroken", 2)
     words = tmp_path / "broken" / "words"
