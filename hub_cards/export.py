@@ -31,7 +31,7 @@ from transformers import (
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import AUTO_MAP
-from modeling_qgsa.conversion_qgsa import OWN
+from modeling_qgsa.conversion_qgsa import OWN_WEIGHTS
 from training.cli.arguments import check_source, errors_in_one_line, parse
 from training.evaluation.card import CardContent, budgets_in_words, selector_share, write_card
 
@@ -180,7 +180,9 @@ def to_plain(model: QGSASmolVLMForConditionalGeneration, architecture: str):
         pad_token_id=source.text_config.pad_token_id,
     )
     plain = model_class._from_config(config, dtype=model.dtype)
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(OWN)})
+    plain.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith(OWN_WEIGHTS)}
+    )
     return plain
 
 

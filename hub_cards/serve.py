@@ -41,7 +41,7 @@ from transformers import (
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.selection_qgsa import read_layout
+from modeling_qgsa.layout_qgsa import VisualLayout
 from training.cli.arguments import check_source, errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
 
@@ -222,8 +222,7 @@ class Answerer:
         image.
         """
         config = self.model.config
-        marker_ids = (config.image_token_id, config.global_image_token_id, config.tile_token_ids)
-        layout = read_layout(input_ids, config.tokens_per_tile, *marker_ids)
+        layout = VisualLayout.of(config, input_ids)
         tiles = [rows * columns for rows, columns in layout.grids.tolist()]
         tokens = [(count + 1) * config.tokens_per_tile for count in tiles]
         described = {"visual_tokens": tokens, "visual_tokens_dense": tokens, "tiles": tiles, "tiles_dense": tiles}

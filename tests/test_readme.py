@@ -12,17 +12,19 @@ import push_to_hub
 import pytest
 import serve
 from serving import serving
-from transformers import HfArgumentParser
 
 from training.benchmark import BenchmarkArguments
+from training.cli.arguments import Parser
+from training.cli.presets import parse_arguments
 from training.costs.formula import paper_table
 from training.costs.speed_report import format_first_table, format_headline, format_speed
 from training.evaluation.report import format_families, format_table
-from training.learning.training_arguments import QGSATrainingArguments
-from training.run_qgsa import RunArguments, read_preset
+from training.learning.training_arguments import GROUPS, QGSATrainingArguments
+from training.run_qgsa import TaskArguments
+from training.run_stand_in import parse as parse_stand_in
 from training.studies.ablation import format_ablation
-from training.studies.adaptive import best_fixed, format_adaptive, format_spending
-from training.studies.pareto import format_pareto
+from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
+from training.studies.pareto import ParetoArguments, format_pareto
 
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +175,18 @@ PARSERS = {
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
     "training/benchmark.py": BenchmarkArguments,
+    "training/studies/adaptive.py": AdaptiveArguments,
+    "training/studies/pareto.py": ParetoArguments,
+}
+CPU = ["--use_cpu", "true"]
+PRESET_PARSERS = {
+    "training/run_qgsa.py": lambda given: parse_arguments(
+        [*given, *CPU], "", (TaskArguments, *GROUPS, QGSATrainingArguments)
+    ),
+    "training/run_stand_in.py": lambda given: parse_stand_in([*given, *CPU]),
+    "training/studies/ablation.py": lambda given: parse_arguments(
+        [*given, *CPU], "", (*GROUPS, QGSATrainingArguments)
+    ),
 }
 
 
@@ -187,13 +201,10 @@ def test_the_commands_parse(page):
         program, *arguments = shlex.split(line, comments=True)
         if program == "make":
             assert subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode == 0, line
-        elif program == "python" and arguments[0] == "training/run_qgsa.py":
-            name, arguments = read_preset(arguments[1:])
-            HfArgumentParser((RunArguments, QGSATrainingArguments)).parse_args_into_dataclasses(
-                [*arguments, "--use_cpu", "true"]
-            )
+        elif program == "python" and arguments[0] in PRESET_PARSERS:
+            PRESET_PARSERS[arguments[0]](arguments[1:])
         elif program == "python" and arguments[0] in PARSERS:
-            HfArgumentParser(PARSERS[arguments[0]]).parse_args_into_dataclasses(arguments[1:])
+            Parser(PARSERS[arguments[0]]).parse(arguments[1:])
         elif program == "python" and arguments[0] != "-m":
             assert (ROOT / arguments[0]).exists(), line
         elif program in ("git", "pip"):
@@ -202,4 +213,4 @@ def test_the_commands_parse(page):
                 ["pip", "install", "./qgsa-smolvlm"],
             )
         else:
-            assert [program, *arguments][:3] == ["python", "-m", "lmms_eval"] or program in ("hf", "lm_eval"), line
+            assert program in ("hf", "lm_eval"), line

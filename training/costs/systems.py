@@ -6,9 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
-from modeling_qgsa.selection_qgsa import read_layout
 from training.cli.arguments import check_source
-from training.methods.peers import PEERS
+from training.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -44,29 +43,13 @@ SYSTEMS = {
     "dense-native-size": Timed("stock", edge="native"),
     "dense-half-resolution": Timed("stock", edge="half"),
     "dense-global-only": Timed("stock", split=False),
-    **{name: Timed("fast", "after_encoder", method=name) for name in PEERS},
+    **{name: Timed("fast", method.selection, method=name) for name, method in METHODS.items()},
     "qgsa-after-encoder": Timed("fast", "after_encoder"),
     "qgsa-float32": Timed("plain", "before_encoder"),
     "qgsa": Timed("fast", "before_encoder"),
     "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
     "qgsa-blocks": Timed("fast", "blocks"),
 }
-
-
-def method_options(name: str, model, inputs: dict, layout, k: int) -> dict[str, torch.Tensor]:
-    """Options of `generate` with which the selection method `name` keeps `k` visual tokens per image."""
-    return PEERS[name](model, inputs, layout, k)
-
-
-def layout_of(config: QGSAConfig, input_ids: torch.LongTensor):
-    """The layout of the tiles in `input_ids` `(B, L)`."""
-    return read_layout(
-        input_ids,
-        config.tokens_per_tile,
-        config.image_token_id,
-        config.global_image_token_id,
-        config.tile_token_ids,
-    )
 
 
 def check_systems(names: list[str]):

@@ -10,12 +10,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.selection_qgsa import QGSASelection
 from modeling_qgsa.vision_qgsa import encode_blocks
 from training.costs.counter import count_flops
 from training.costs.formula import estimate_flops
 from training.costs.meter import PARTS, fixed_length, now, peak_memory, time_answer, weight_bytes
-from training.costs.systems import SYSTEMS, layout_of, method_options
+from training.costs.systems import SYSTEMS
+from training.methods import METHODS
 
 
 QUESTION = "Is there evidence of an abnormality in this image?"
@@ -104,8 +106,9 @@ class Runner:
         """Options of `generate` that a selection method makes from the inputs; empty for other systems."""
         if self.system.method is None:
             return {}
-        layout = layout_of(self.model.config, inputs["input_ids"])
-        return method_options(self.system.method, self.model, inputs, layout, self.workload.tokens)
+        layout = VisualLayout.of(self.model.config, inputs["input_ids"])
+        generator = torch.Generator().manual_seed(0)
+        return METHODS[self.system.method].options(self.model, inputs, layout, self.workload.tokens, generator)
 
     def generate(self, inputs: dict):
         """Answer. Returns the output of `generate`."""

@@ -10,11 +10,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.processing_qgsa import kept_maps
 from training.data.collator import QuestionCollator
 from training.data.dataset import without_image
 from training.evaluation.systems import System
-from training.methods.method import encode_all, layout_of
+from training.methods.method import encode_all
 
 
 @dataclass
@@ -105,7 +106,7 @@ def ask(
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if system.budget.selection in ("dense", "blocks"):
         inputs.pop("image_hidden_states", None)
-    layout = layout_of(model.config, inputs["input_ids"])
+    layout = VisualLayout.of(model.config, inputs["input_ids"])
     began = time.perf_counter()
     inputs |= selection_options(system, inputs, layout, generator)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from tqdm.auto import trange
 
+from modeling_qgsa.layout_qgsa import VisualLayout
 from training.costs.counter import count_flops
 from training.data.sets import get_dataset
 from training.evaluation.answers import Answers, answer, selection_options, show
 from training.evaluation.systems import System
-from training.methods.method import layout_of
 from training.metrics.loyalty.loyalty import loyalty_metric
 from training.metrics.selection.selection import points_into, selection_metric
 
@@ -115,7 +115,7 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
         for index in trange(min(questions, len(dataset)), desc=f"FLOPs of {system.name}", leave=False):
             inputs = show(system, [dataset[index]], processor)
             inputs = {name: value.to(system.model.device) for name, value in inputs.items()}
-            layout = layout_of(system.model.config, inputs["input_ids"])
+            layout = VisualLayout.of(system.model.config, inputs["input_ids"])
             options = partial(selection_options, system, inputs, layout, generators[system.method])
             counts.append(count_flops(system.model, inputs, max_new_tokens, options, uncounted_modules(system)))
         row["flops"] = {part: float(np.mean([count[part] for count in counts])) for part in counts[0]}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from modeling_qgsa.vision_qgsa import Views
+from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.request_qgsa import VisualInputs
+from modeling_qgsa.vision_qgsa import encode_tiles
 from training.learning.store import TensorStore, digest
-from training.methods.method import layout_of
 
 
 def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> TensorStore:
@@ -30,16 +31,16 @@ def with_features(store: TensorStore, model, inputs: dict) -> dict:
 
     The pixels of a sample are the key of its features. Missing samples are encoded in one batch and stored.
     """
-    layout = layout_of(model.config, inputs["input_ids"])
+    layout = VisualLayout.of(model.config, inputs["input_ids"])
     counts = torch.bincount(layout.tile_sample, minlength=len(inputs["input_ids"])).tolist()
     pixels = [inputs[name] for name in ("pixel_values", "pixel_attention_mask") if inputs.get(name) is not None]
     keys = [digest(*(part[sample, :count] for part in pixels)) for sample, count in enumerate(counts)]
     found = [store.get(key) for key in keys]
     new = [sample for sample, features in enumerate(found) if features is None]
     if new:
-        views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
+        visual = VisualInputs(inputs["pixel_values"], inputs.get("pixel_attention_mask"))
         tiles = torch.isin(layout.tile_sample, torch.tensor(new, device=layout.tile_sample.device))
-        encoded = model.model.encode_tiles(views, layout, tiles).split([counts[sample] for sample in new])
+        encoded = encode_tiles(model.model, visual, layout, tiles).split([counts[sample] for sample in new])
         for sample, features in zip(new, encoded):
             found[sample] = features
             store.put(keys[sample], features)

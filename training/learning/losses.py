@@ -3,7 +3,8 @@
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from modeling_qgsa.selection_qgsa import VisualLayout, complexity_at, to_images
+from modeling_qgsa.layout_qgsa import VisualLayout, to_images
+from modeling_qgsa.pointer_qgsa import complexity_at
 
 
 def utility_loss(mass: torch.Tensor, utility: torch.Tensor, layout: VisualLayout, temperature: float) -> torch.Tensor:

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import torch
 
+from modeling_qgsa.attention_qgsa import attention_of_rows
 from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.pointer_qgsa import Glance, PointedScores
 from modeling_qgsa.prompt_qgsa import Prompt
-from modeling_qgsa.selection_qgsa import Glance, positions_to_keep, splice
+from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep, splice, top_k_per_image
 
 
 CHUNK = 64  # variants of a prompt per pass of the text model
@@ -74,8 +76,9 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
         scores: `(T, P)`, the selector's scores of all visual tokens.
     """
     m, k = budget.resolve(complexity)
-    looked = model.model.choose(budget.selection, glance, m, k)
-    kept = model.model.keep(glance, scores[looked.any(1)], looked, k)
+    pointed = PointedScores(model.model.pointer, glance)
+    looked = choose_tokens(budget.selection, pointed, glance.layout, m, k)
+    kept = top_k_per_image(scores, looked, glance.layout, k)
     return positions_to_keep(prompt.attention_mask, glance.layout, kept)
 
 
@@ -122,21 +125,12 @@ def paid_attention(model, glance: Glance, features: torch.Tensor, prompt: Prompt
     asking = prompt.labels.roll(-1, dims=1) != -100
     asking = asking.index_put((layout.image_sample,), asking[layout.image_sample] | glance.question_mask)
     asking = asking & prompt.attention_mask.bool()
-    usual = text_model.config._attn_implementation
-    text_model.set_attn_implementation("eager")  # no other one gives the weights
-    try:
-        attentions = text_model(
-            inputs_embeds=embeds[:samples],
-            attention_mask=prompt.attention_mask[:samples],
-            position_ids=prompt.position_ids[:samples],
-            use_cache=False,
-            output_attentions=True,
-        ).attentions
-    finally:
-        text_model.set_attn_implementation(usual)
+    _, rows = splice(asking[:samples])
+    asked = (rows >= 0).float()
+    prefix = (embeds[:samples], prompt.attention_mask[:samples], prompt.position_ids[:samples])
     paid = embeds.new_zeros(embeds.shape[:2], dtype=torch.float32)
-    for layer in attentions:
-        paid[:samples] += torch.einsum("bq,bqk->bk", asking[:samples].float(), layer.float().mean(1))
+    for weights in attention_of_rows(text_model, *prefix, rows.clamp(min=0)):
+        paid[:samples] += torch.einsum("br,brk->bk", asked, weights.mean(1))
     return paid[layout.tile_sample[:, None], layout.token_positions]
 
 

@@ -8,8 +8,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.layout_qgsa import tile_relevance
+from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.prompt_qgsa import Prompt
-from modeling_qgsa.selection_qgsa import splice, tile_relevance
+from modeling_qgsa.selection_qgsa import splice
 from training.learning.feature_cache import with_features
 from training.learning.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
 from training.learning.store import TensorStore
@@ -171,7 +173,8 @@ class QGSATrainer(Trainer):
         logits = glance.complexity_logits
         if args.complexity_weight:
             with torch.no_grad():
-                scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+                every = torch.ones_like(glance.layout.is_global)
+                scores = PointedScores(model.model.pointer, glance).of_tokens(features, every)
             level = cheapest_sufficient(
                 model, glance, features, scores, prompt, Budget.of(config), args.complexity_tolerance
             )

@@ -12,29 +12,20 @@ from functools import cached_property
 import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.prompt_qgsa import Prompt
-from modeling_qgsa.selection_qgsa import VisualLayout, read_layout
-from modeling_qgsa.vision_qgsa import Views
-
-
-def layout_of(config, input_ids: torch.LongTensor) -> VisualLayout:
-    """The layout of the tiles in `input_ids` `(B, L)`, read from the marker tokens of a [`QGSAConfig`]."""
-    return read_layout(
-        input_ids,
-        config.tokens_per_tile,
-        config.image_token_id,
-        config.global_image_token_id,
-        config.tile_token_ids,
-    )
+from modeling_qgsa.layout_qgsa import VisualLayout, to_samples
+from modeling_qgsa.request_qgsa import Request, VisualInputs
+from modeling_qgsa.vision_qgsa import encode_tiles
 
 
 @torch.no_grad()
 def encode_all(model, inputs: dict) -> torch.Tensor:
     """Features of every tile, `(T, P, D)`: `image_hidden_states` of the inputs if given, else encoded from pixels."""
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    layout = layout_of(model.config, inputs["input_ids"])
-    views = Views(inputs["pixel_values"], inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states"))
-    return model.model.encode_tiles(views, layout, torch.ones_like(layout.is_global))
+    layout = VisualLayout.of(model.config, inputs["input_ids"])
+    visual = VisualInputs(
+        inputs.get("pixel_values"), inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states")
+    )
+    return encode_tiles(model.model, visual, layout, torch.ones_like(layout.is_global))
 
 
 def budget_per_image(model, inputs: dict, layout: VisualLayout, budget: Budget, features: torch.Tensor) -> list[int]:
@@ -44,8 +35,9 @@ def budget_per_image(model, inputs: dict, layout: VisualLayout, budget: Budget, 
     """
     if budget.min_visual_tokens == budget.max_visual_tokens:
         return [budget.max_visual_tokens] * len(layout.grids)
-    prompt = Prompt.of(inputs["input_ids"], inputs.get("attention_mask"))
-    glance = model.model.glance_and_point(prompt, Views(None, features=features), inputs.get("question_mask"))
+    text = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "question_mask")}
+    given = {**text, "image_hidden_states": features, "selection": "after_encoder"}
+    glance = model.model.glance_and_point(Request.take(model.config, given))
     return budget.resolve(glance.complexity)[1].tolist()
 
 
@@ -136,6 +128,4 @@ class Method:
         if self.selection == "after_encoder":
             features, scores = scores if isinstance(scores, tuple) else (given.features, scores)
             options["image_hidden_states"] = features
-        rows = scores.new_zeros(*given.shape, layout.tokens_per_tile, dtype=torch.float32)
-        rows = rows.index_put((layout.tile_sample, layout.tile_ordinal), scores.float())
-        return options | {"visual_token_scores": rows.flatten(1)}
+        return options | {"visual_token_scores": to_samples(scores.float(), layout)}

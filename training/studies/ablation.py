@@ -108,7 +108,7 @@ def format_ablation(rows: list[dict]) -> str:
 
 
 def evaluate_variants(dataset: str, evaluation, args, dense, processor, test) -> list[dict]:
-    """One row per variant, from the trained models in the output folder, on the questions `test`, paired with `dense`."""
+    """One row per variant: the trained models in the output folder, asked `test`, paired with `dense`."""
     output = Path(args.output_dir)
     dense = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor.tokenizer).to(args.device)
     systems = [System("dense", dense, DENSE)]

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from training.cli.groups import AnswerArguments, StandInArguments
 from training.cli.presets import PRESETS, STAND_IN_PRESETS, as_options, load_presets, parse_arguments, read_preset
 from training.data.arguments import DataArguments
-from training.data.load import DATASETS
+from training.data.sets import DATASETS
 from training.evaluation.systems import choose_systems
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
 from training.standins.dense import parse_stages

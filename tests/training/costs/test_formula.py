@@ -5,8 +5,9 @@ import torch
 from transformers import Idefics3Config
 
 from modeling_qgsa.conversion_qgsa import config_of_dense
-from modeling_qgsa.prompt_qgsa import Prompt
-from modeling_qgsa.vision_qgsa import Views
+from modeling_qgsa.pointer_qgsa import PointedScores
+from modeling_qgsa.request_qgsa import Request
+from modeling_qgsa.selection_qgsa import choose_tokens
 from training.costs.counter import count_flops
 from training.costs.formula import (
     answer_table,
@@ -50,9 +51,9 @@ def test_blocks(model, inputs):
     options = {"selection": "blocks", "min_tiles": 2, "max_tiles": 2, **BUDGET}
     selection = model.select(**inputs, **options)
     with torch.no_grad():
-        prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"])
-        glance = model.model.glance_and_point(prompt, Views(inputs["pixel_values"]), inputs["question_mask"])
-        counts = model.model.choose("blocks", glance, torch.tensor([2]), torch.tensor([20])).sum(1).tolist()
+        glance = model.model.glance_and_point(Request.take(model.config, dict(inputs)))
+        scores, budget = PointedScores(model.model.pointer, glance), (torch.tensor([2]), torch.tensor([20]))
+        counts = choose_tokens("blocks", scores, glance.layout, *budget).sum(1).tolist()
     whole, parts = counts.count(16), tuple(count for count in counts if 0 < count < 16)
     assert parts and whole + len(parts) == 1 + int(selection.tiles)
     length, question = selection.keep_indices.shape[1], int(inputs["question_mask"].sum())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_qgsa.selection_qgsa import VisualLayout, complexity_at
+from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.pointer_qgsa import complexity_at
 from training.learning.losses import attention_loss, budget_loss, contrastive_loss, utility_loss
 
 

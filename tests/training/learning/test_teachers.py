@@ -7,9 +7,9 @@ import torch
 
 import training.learning.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
-from modeling_qgsa.prompt_qgsa import Prompt
+from modeling_qgsa.pointer_qgsa import PointedScores
+from modeling_qgsa.request_qgsa import Request
 from modeling_qgsa.selection_qgsa import positions_to_keep
-from modeling_qgsa.vision_qgsa import Views
 from training.data.collator import QuestionCollator
 from training.learning.teachers import (
     answer_log_likelihood,
@@ -42,13 +42,17 @@ def labelled(processor, questions):
 
 def encode(model, batch):
     """`(glance, features, prompt)` of a batch, every tile encoded."""
-    prompt = Prompt.of(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    request = Request.take(model.config, dict(batch))
     with torch.no_grad():
-        views = Views(batch["pixel_values"], batch.get("pixel_attention_mask"))
-        glance = model.model.glance_and_point(prompt, views, batch.get("question_mask"))
+        glance = model.model.glance_and_point(request)
         every = torch.ones(len(glance.layout.is_global), glance.layout.tokens_per_tile, dtype=torch.bool)
-        features = model.model.look(glance, views, every)
-    return glance, features, prompt
+        features = model.model.look(glance, request.visual, every)
+    return glance, features, request.prompt
+
+
+def score_all(model, glance, features):
+    """The selector's scores of all visual tokens, `(T, P)`."""
+    return PointedScores(model.model.pointer, glance).of_tokens(features, torch.ones_like(glance.layout.is_global))
 
 
 def embed(model, glance, features, prompt):
@@ -194,7 +198,9 @@ def cheapest(model, labelled):
     def run(tolerance, **overrides):
         budget = Budget.of(model.config, **overrides)
         with torch.no_grad():
-            scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+            scores = PointedScores(model.model.pointer, glance).of_tokens(
+                features, torch.ones_like(glance.layout.is_global)
+            )
         return cheapest_sufficient(model, glance, features, scores, prompt, budget, tolerance)
 
     return run
@@ -233,7 +239,7 @@ def test_a_long_answer_is_held_to_the_same_tolerance(model, processor, questions
     monkeypatch.setattr(teachers, "answer_log_likelihood", lambda *args: likelihoods)
     budget, every = Budget.of(model.config), torch.ones_like(glance.layout.is_global)
     with torch.no_grad():
-        scores = model.model.score_tokens(glance, features, every)
+        scores = score_all(model, glance, features)
     for tolerance, level in ((0.01, 8), (0.1, 4), (0.2, 0)):
         assert cheapest_sufficient(model, glance, features, scores, prompt, budget, tolerance).tolist() == [level]
 
@@ -282,7 +288,9 @@ def test_hard_positions_are_what_inference_keeps(selection, complexity, model, l
     glance, features, prompt = encode(model, labelled)
     budget = Budget(selection, 8, 40, 0, 5)
     with torch.no_grad():
-        scores = model.model.score_tokens(glance, features, torch.ones_like(glance.layout.is_global))
+        scores = PointedScores(model.model.pointer, glance).of_tokens(
+            features, torch.ones_like(glance.layout.is_global)
+        )
     keep = hard_positions(model, glance, scores, prompt, budget, torch.full_like(glance.complexity, complexity))
     m, k = (int(value) for value in budget.resolve(torch.tensor(complexity)))
     fixed = {"min_tiles": m, "max_tiles": m, "min_visual_tokens": k, "max_visual_tokens": k}

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.layout_qgsa import VisualLayout
 from training.costs.flops import count_flops
 from training.methods import METHODS
 from training.methods.cdpruner import greedy_map
-from training.methods.method import MethodInputs, encode_all, layout_of
+from training.methods.method import MethodInputs, encode_all
 from training.methods.vispruner import drop_duplicates
 
 
@@ -18,12 +19,12 @@ SEEDLESS = [name for name in METHODS if not name.startswith("random")]
 
 @pytest.fixture
 def layout(model, batch):
-    return layout_of(model.config, batch["input_ids"])
+    return VisualLayout.of(model.config, batch["input_ids"])
 
 
 def options_of(name, model, inputs, k, seed=4):
     generator = torch.Generator().manual_seed(seed)
-    return METHODS[name].options(model, inputs, layout_of(model.config, inputs["input_ids"]), k, generator)
+    return METHODS[name].options(model, inputs, VisualLayout.of(model.config, inputs["input_ids"]), k, generator)
 
 
 def fixed(name, tokens):
@@ -182,7 +183,7 @@ def received_attention(model, single):
 
 def test_fastv_reads_the_attention_of_the_second_layer(make_model, make_dense, single):
     model = make_model(make_dense("smolvlm", "eager"))
-    layout = layout_of(model.config, single["input_ids"])
+    layout = VisualLayout.of(model.config, single["input_ids"])
     with torch.no_grad():
         attentions = model(**single, selection="dense", output_attentions=True).attentions
     expected = attentions[1].mean(1)[0, -1, layout.token_positions].flatten()

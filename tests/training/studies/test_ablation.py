@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import TrainingArguments
 
+from training.cli.groups import EvaluationArguments
 from training.data.cards import Cards
-from training.run_qgsa import RunArguments
 from training.studies import ablation
 
 
@@ -15,8 +15,8 @@ def test_a_variant_is_the_mean_of_its_seeds(monkeypatch, model, make_dense, proc
     for name in ablation.VARIANTS:
         for seed in ablation.SEEDS:
             model.save_pretrained(ablation.folder_of(tmp_path, name, seed))
-    run, args = RunArguments(max_new_tokens=2), TrainingArguments(use_cpu=True, output_dir=str(tmp_path))
-    rows = ablation.evaluate_variants(run, args, tmp_path, make_dense(), processor, Cards("test", 4))
+    evaluation, args = EvaluationArguments(max_new_tokens=2), TrainingArguments(use_cpu=True, output_dir=str(tmp_path))
+    rows = ablation.evaluate_variants("cards", evaluation, args, make_dense(), processor, Cards("test", 4))
     assert [row["variant"] for row in rows] == list(ablation.VARIANTS)
     for row in rows:
         assert [seed["system"] for seed in row["seeds"]] == [f"{row['variant']}, seed {seed}" for seed in (1, 2)]
