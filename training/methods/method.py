@@ -22,9 +22,7 @@ def encode_all(model, inputs: dict) -> torch.Tensor:
     """Features of every tile, `(T, P, D)`: `image_hidden_states` of the inputs if given, else encoded from pixels."""
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     layout = VisualLayout.of(model.config, inputs["input_ids"])
-    visual = VisualInputs(
-        inputs.get("pixel_values"), inputs.get("pixel_attention_mask"), inputs.get("image_hidden_states")
-    )
+    visual = VisualInputs(*map(inputs.get, ("pixel_values", "pixel_attention_mask", "image_hidden_states")))
     return encode_tiles(model.model, visual, layout, torch.ones_like(layout.is_global))
 
 

@@ -237,7 +237,7 @@ def test_a_long_answer_is_held_to_the_same_tolerance(model, processor, questions
     assert tokens > 9
     likelihoods = tokens * torch.tensor([0.9] + [0.75] * 4 + [0.85] * 5).log()
     monkeypatch.setattr(teachers, "answer_log_likelihood", lambda *args: likelihoods)
-    budget, every = Budget.of(model.config), torch.ones_like(glance.layout.is_global)
+    budget = Budget.of(model.config)
     with torch.no_grad():
         scores = score_all(model, glance, features)
     for tolerance, level in ((0.01, 8), (0.1, 4), (0.2, 0)):

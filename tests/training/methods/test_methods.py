@@ -5,7 +5,7 @@ import torch
 
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.layout_qgsa import VisualLayout
-from training.costs.flops import count_flops
+from training.costs.counter import count_flops
 from training.methods import METHODS
 from training.methods.cdpruner import greedy_map
 from training.methods.method import MethodInputs, encode_all
