@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from training.cli.arguments import Parser, end_with_error, use_present_names
+from training.cli.arguments import Parser, end_with_error
 
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -67,7 +67,6 @@ def parse_arguments(
     shown: tuple | None = None,
     folder: Path = PRESETS,
     default: str = "demo",
-    renamed: dict[str, str] | None = None,
 ) -> tuple:
     """Parse a command line with a preset into dataclasses: the preset's name, then one per kind.
 
@@ -76,7 +75,6 @@ def parse_arguments(
         kinds: dataclasses, the last of which is a `TrainingArguments`.
         shown: dataclasses that `--help` shows; by default all but the last of `kinds`. `--help_all` shows `kinds`.
         folder, default: the script's presets, and the one that is used if none is named.
-        renamed: former option names and their present ones; the former still work, with a warning.
 
     Raises SystemExit with a message of one line for an unknown preset or option, or an invalid value. The training
     arguments are set to keep the columns that only the collator reads, and to report to no tracker.
@@ -85,7 +83,7 @@ def parse_arguments(
         show_help(kinds, description, folder, default)
     if {"-h", "--help"} & set(arguments):
         show_help(kinds[:-1] if shown is None else shown, f"{description}\n{EPILOG}", folder, default)
-    preset, arguments = read_preset(use_present_names(arguments, renamed or {}), folder, default)
+    preset, arguments = read_preset(arguments, folder, default)
     *groups, args = Parser(kinds, add_help=False).parse(arguments)
     args.remove_unused_columns, args.report_to = False, []
     return preset, *groups, args
