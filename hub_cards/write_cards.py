@@ -85,7 +85,7 @@ def dense_card() -> str:
         n=results["n"],
         row=results["rows"][0],
         needed={family: tiles for family, (tiles, _) in FAMILIES.items()},
-        command="python training/run_qgsa.py --preset tiny_dense",
+        command="python training/run_stand_in.py --preset tiny_dense",
         measured_in=results["environment"],
     )
 

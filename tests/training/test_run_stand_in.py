@@ -56,8 +56,8 @@ def test_help_shows_the_options_of_the_stand_in_only():
         (["--validation_sise", "2"], "unknown option --validation_sise: did you mean --validation_size?"),
         (["--systems", "dense"], "unknown option --systems"),
         (["--longest_edge", "wide"], "--longest_edge"),
-        (["--dataset", "imagenet"], "dataset is 'imagenet'"),
-        (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "there is no folder nowhere"),
+        (["--dataset", "imagenet"], "dataset ('imagenet')"),
+        (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "folder nowhere not found"),
         (["--words", "2x2"], "'2x2'"),
     ],
 )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 class DataArguments:
     """Training and evaluation data."""
 
+    _argument_group_name = "data"
+
     dataset: str = field(default="cards", metadata={"help": "Data set: cards, vqa_rad, aokvqa or refcoco."})
     data_dir: str | None = field(
         default=None, metadata={"help": "Local folder of the data set (default: the Hub). Not used by cards."}
