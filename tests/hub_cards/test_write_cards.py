@@ -6,7 +6,8 @@ import pytest
 import write_cards
 from huggingface_hub import ModelCard
 
-from training.evaluation.card import GRADED_BY, render_card
+from training.data.sets import DATASETS
+from training.evaluation.card import render_card
 
 
 def test_the_committed_cards_are_those_of_the_results():
@@ -49,10 +50,10 @@ def test_a_card_names_the_split_and_the_rule_of_its_results(dataset, split):
     (content,) = [content for content in write_cards.qgsa_cards().values() if content.accuracy]
     content.accuracy |= {"dataset": dataset, "split": split}
     card = render_card(content)
-    assert f"questions of {dataset} ({split})" in card.text and f"graded by {GRADED_BY[dataset]}" in card.text
+    assert f"questions of {dataset} ({split})" in card.text and f"graded by {DATASETS[dataset].graded_by}" in card.text
     assert {result.dataset_split for result in card.data.eval_results} == {split}
     content.accuracy["dataset"] = "mmmu"
-    with pytest.raises(ValueError, match=r"dataset \(mmmu\): must be one of cards"):
+    with pytest.raises(ValueError, match=r"dataset \('mmmu'\): choose from cards"):
         render_card(content)
     del content.accuracy["split"]
     with pytest.raises(ValueError, match=r"results \(split\): missing"):

@@ -8,18 +8,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from training.costs.environment import describe_environment, environment
 from training.costs.formula import selector_flops, vision_flops
 from training.costs.speed_report import format_speed
+from training.data.sets import get_dataset
 from training.evaluation.report import format_families, format_table
 
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PARTS = ("vision", "prefill", "decode", "total")
 RESULTS_FIELDS = {"dataset", "split", "n", "environment", "rows"}
-GRADED_BY = {  # see training/evaluation/grading.py
-    "cards": "exact match",
-    "vqa_rad": "exact match for open questions and whole words for closed ones",
-    "aokvqa": "the choice that is named, or min(1, matches / 3) over ten annotators",
-    "refcoco": "boxes with an IoU of at least 0.5",
-}
 FLOPS_BY_FORMULA = (
     "By formula, for an image of 4 x 4 tiles, a question of 20 tokens, 8 new tokens and k = 17. Tests compare the "
     "formula with counted FLOPs."
@@ -111,8 +106,7 @@ def check_results(results: dict):
     missing = sorted(RESULTS_FIELDS - set(results))
     if missing:
         raise ValueError(f"results ({', '.join(missing)}): missing; evaluate again with --task evaluate")
-    if results["dataset"] not in GRADED_BY:
-        raise ValueError(f"dataset ({results['dataset']}): must be one of {', '.join(GRADED_BY)} for a card")
+    get_dataset(results["dataset"])
 
 
 def render_card(content: CardContent) -> ModelCard:
@@ -149,7 +143,7 @@ def render_card(content: CardContent) -> ModelCard:
         tiny=content.parameters is not None,
         trained=content.trained,
         selector_cost=f"{content.selector_cost:.1%}",
-        graded_by=GRADED_BY[accuracy["dataset"]] if accuracy else None,
+        graded_by=get_dataset(accuracy["dataset"]).graded_by if accuracy else None,
         parameters=None if content.parameters is None else f"{content.parameters:,}",
         accuracy=accuracy,
         environment=accuracy and describe_environment(accuracy["environment"]),
@@ -169,7 +163,7 @@ def eval_results(accuracy: dict, qgsa: dict) -> list[EvalResult]:
     """The `model-index` entries for the row `qgsa` of the results `accuracy`."""
     split = accuracy["split"]
     measured = {
-        "accuracy": (f"Accuracy ({GRADED_BY[accuracy['dataset']]})", qgsa["accuracy"]),
+        "accuracy": (f"Accuracy ({get_dataset(accuracy['dataset']).graded_by})", qgsa["accuracy"]),
         "delta_vs_dense_pp": ("Difference to dense, percentage points", qgsa["delta_vs_dense_pp"]),
         "visual_tokens_mean": ("Visual tokens kept, mean", qgsa["visual_tokens_mean"]),
         "tiles_mean": ("High-resolution tiles encoded, mean", qgsa["tiles_mean"]),
