@@ -1,5 +1,6 @@
 """QGSA-SmolVLM: SmolVLM that looks only where the question points. This file holds only the delta to SmolVLM.
 
+    layout  read and check the inputs of one call, see `Request`
     glance  encode the global view
     point   read question and glance: relevance, complexity, budget (m, k)
     look    encode the m most relevant tiles
@@ -25,7 +26,7 @@ from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
-from .prompt_qgsa import check_decoding, check_no_placeholders, read_question
+from .prompt_qgsa import check_decoding, check_no_placeholders
 from .relaxation_qgsa import Relaxation, gated_attention_mask
 from .request_qgsa import BaseModelKwargs, QGSAKwargs, Request, RequestKwargs, VisualInputs
 from .selection_qgsa import (
@@ -46,7 +47,7 @@ class QGSASmolVLMModel(SmolVLMModel):
 
     config: QGSAConfig
     config_class = QGSAConfig
-    _auto_class = "AutoModel"
+    _auto_class = "AutoModel"  # type: ignore[assignment]
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)
@@ -80,14 +81,10 @@ class QGSASmolVLMModel(SmolVLMModel):
         return self.config.tiles_per_step is not None or self.vision_model.dtype != self.text_model.dtype
 
     def glance_and_point(self, request: Request) -> Glance:
-        """Steps 1 to 3: read the layout, encode the global views, and let the pointer read question and glance."""
-        prompt, visual, config = request.prompt, request.visual, self.config
-        assert prompt is not None
-        prompt.check(config.text_config.vocab_size)
-        layout = VisualLayout.of(config, prompt.input_ids)
-        visual.check(layout, config.vision_config.image_size)
-        question_mask = read_question(prompt, layout, config.end_of_utterance_token_id, request.question_mask)
-        glance = encode_tiles(self, visual, layout, layout.is_global)
+        """Steps 2 and 3: encode the global views, and let the pointer read question and glance."""
+        prompt, layout, question_mask = request.prompt, request.layout, request.question_mask
+        assert prompt is not None and layout is not None and question_mask is not None
+        glance = encode_tiles(self, request.visual, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         pointing = self.pointer.point(question, question_mask, glance)
         if not self.training and not pointing.relevance.isfinite().all():  # in training the loss scaler skips the step
@@ -129,7 +126,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         return embeds.index_put(where, features.to(embeds.dtype))
 
     def prefill(self, request: Request, relaxation: Relaxation | None = None) -> Prefill:
-        """Steps 1 to 6: the prompt of `request` with the k best visual tokens of each image.
+        """Steps 2 to 6: the prompt of `request` with the k best visual tokens of each image.
 
         With a `relaxation`, in training, budgets are random and all tokens that are looked at stay, each with a gate
         on its attention key; the reported selection is the hard one that the same scores make, and the features are
@@ -137,20 +134,22 @@ class QGSASmolVLMModel(SmolVLMModel):
         """
         prompt, budget, visual = request.prompt, request.budget, request.visual
         assert prompt is not None
+        # glance, point
         glance = self.glance_and_point(request)
         layout, given = glance.layout, request.token_scores
         scores = PointedScores(self.pointer, glance) if given is None else GivenScores.of(given, layout)
         m, k = budget.resolve(glance.complexity if relaxation is None else relaxation.complexity(glance.complexity))
-
+        # look
         looked = choose_tokens(budget.selection, scores, layout, m, k)
         tiles = looked.any(1)
         if relaxation is None:
             features = seen = self.look(glance, visual, looked)
         else:
             features, seen = self.look_at_all(glance, visual, looked, budget.selection == "blocks")
-
+        # keep
         token_scores = spread(scores.of_tokens(seen, tiles), tiles)
         kept = stays = top_k_per_image(token_scores, looked, layout, k)
+        # splice
         embeds = self.embed(prompt.input_ids, layout, seen, tiles)
         spliced = [(embeds, 0.0), (prompt.attention_mask, 0), (prompt.position_ids, 0)]
         if relaxation is not None:
@@ -208,7 +207,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
     config: QGSAConfig
     config_class = QGSAConfig
-    _auto_class = "AutoModelForImageTextToText"
+    _auto_class = "AutoModelForImageTextToText"  # type: ignore[assignment]
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)

@@ -42,7 +42,7 @@ class QGSAProcessor(Idefics3Processor):
     question about an image is empty. Raises OSError for a file that cannot be read.
     """
 
-    _auto_class = "AutoProcessor"
+    _auto_class = "AutoProcessor"  # type: ignore[assignment]
 
     def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
         options = {**kwargs, **(kwargs.get("images_kwargs") or {})}

@@ -1,14 +1,14 @@
 """What one call brings: the prompt, the visual inputs and the budget, checked. Sizes as in `layout_qgsa`."""
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig
 from .layout_qgsa import VisualLayout
-from .prompt_qgsa import Prompt, check_shape
+from .prompt_qgsa import Prompt, check_shape, read_question
 
 
 class QGSAKwargs(LimitKwargs, total=False):
@@ -174,26 +174,29 @@ class Request:
         budget: the configured budget with the overrides of this call.
         stock: inputs that the stock model takes, as given.
         visual: visual inputs.
-        prompt: the checked text side; None if nothing is selected.
-        question_mask: `(B, L)`, the question as marked by the caller.
         token_scores: `(B, N)`, scores of all visual tokens that replace the selector's.
         gumbel_temperature: of the relaxed selection in training.
+        prompt: the text side, checked; None, as the next two, if nothing is selected.
+        layout: places of the visual tokens in the prompt.
+        question_mask: `(I, L)` bool, the question about each image.
     """
 
     budget: Budget
     stock: dict[str, Any]
     visual: VisualInputs
-    prompt: Prompt | None
-    question_mask: torch.Tensor | None
     token_scores: torch.Tensor | None
     gumbel_temperature: float
+    prompt: Prompt | None = None
+    layout: VisualLayout | None = None
+    question_mask: torch.Tensor | None = None
 
     @classmethod
     def take(cls, config: QGSAConfig, kwargs: dict[str, Any]) -> "Request":
         """Take the fields of [`RequestKwargs`] out of `kwargs`; the rest is for the text model or for `generate`.
 
-        Raises ValueError if the budget is out of range, or if an argument is given that "dense" cannot take; with a
-        selection also if the text inputs do not fit together, and TypeError if one is not a tensor.
+        With a selection this is step 1: the layout is read, and everything is checked against it. Raises ValueError if
+        the budget is out of range, the inputs do not fit together, an image has no question, or an argument is given
+        that "dense" cannot take; TypeError for an argument of another type.
         """
         given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}
         budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})
@@ -206,20 +209,22 @@ class Request:
         )
         if budget.selection == "dense":
             visual.check_dense()
-        selects = budget.selection != "dense" and not visual.missing and given["inputs_embeds"] is None
-        prompt = None
-        if selects:
-            prompt = Prompt.of(given["input_ids"], given["attention_mask"], given["position_ids"], given["labels"])
         temperature = given["gumbel_temperature"]
-        return cls(
+        request = cls(
             budget=budget,
             stock={name: given[name] for name in STOCK_NAMES},
             visual=visual,
-            prompt=prompt,
-            question_mask=given["question_mask"],
             token_scores=given["visual_token_scores"],
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
+        if budget.selection == "dense" or visual.missing or given["inputs_embeds"] is not None:
+            return request
+        prompt = Prompt.of(given["input_ids"], given["attention_mask"], given["position_ids"], given["labels"])
+        prompt.check(config.text_config.vocab_size)
+        layout = VisualLayout.of(config, prompt.input_ids)
+        visual.check(layout, config.vision_config.image_size)
+        question = read_question(prompt, layout, config.end_of_utterance_token_id, given["question_mask"])
+        return replace(request, prompt=prompt, layout=layout, question_mask=question)
 
     @property
     def selects(self) -> bool:
