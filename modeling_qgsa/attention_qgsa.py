@@ -1,4 +1,4 @@
-"""Attention of chosen rows: what some positions of a prompt attend to, without ever forming a whole attention map."""
+"""Attention of chosen rows: the attention that some positions pay, without ever forming a whole attention map."""
 
 from collections.abc import Iterator
 

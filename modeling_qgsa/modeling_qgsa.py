@@ -94,8 +94,8 @@ class QGSASmolVLMModel(SmolVLMModel):
     def look(self, glance: Glance, visual: VisualInputs, looked: torch.Tensor) -> torch.Tensor:
         """Step 4: features of the tiles with tokens `looked` at, `(T, P)` bool: `(n, P, D)`, 0 at all other tokens.
 
-        The global views among them are not encoded again. Tiles of which only some tokens are looked at are encoded in
-        blocks.
+        The global views among them are not encoded again. If only some tokens of a tile are looked at, it is
+        encoded in blocks.
         """
         layout = glance.layout
         features = glance.features.new_zeros(*looked.shape, glance.features.shape[-1])

@@ -34,7 +34,7 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
 
 @dataclass(frozen=True)
 class Prefill:
-    """What a selection makes of a prompt: the text model's inputs, and how they came about."""
+    """Result of a selection: the inputs of the text model, and how they came about."""
 
     text_inputs: dict[str, torch.Tensor]  # inputs_embeds (B, L', D), attention_mask, position_ids (original)
     selection: QGSASelection

@@ -1,8 +1,8 @@
 """Who points: the seam between the glance and the budget. Sizes as in `layout_qgsa`.
 
-A pointer reads question and glance and says where to look (`point`); once tiles are encoded, it matches their tokens
-with the question (`match`). Behind the seam stands the trained selector. Its scores, or those that a caller gives, are
-all that the rest of the model sees.
+A pointer reads question and glance and predicts where to look (`point`); once tiles are encoded, it matches their
+tokens with the question (`match`). Behind the seam stands the trained selector. The rest of the model sees only
+scores: those of the pointer, or those that a caller gives.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 
 
 class Pointing(NamedTuple):
-    """What a pointer says before any tile is encoded.
+    """Output of a pointer, before any tile is encoded.
 
     Args:
         relevance: `(I, C)` float, log-probabilities of the cells of the glance.
@@ -88,11 +88,11 @@ def complexity_at(logits: torch.Tensor, quantile: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Glance:
-    """What is known of a batch before any tile is encoded: the layout, the global views, and the [`Pointing`]."""
+    """A batch before any tile is encoded: the layout, the global views, and the [`Pointing`]."""
 
     layout: VisualLayout
-    features: torch.Tensor  # (I, P, D) of the global views
-    question_mask: torch.Tensor  # (I, L) bool, what the pointer read
+    features: torch.Tensor  # (I, P, D), features of the global views
+    question_mask: torch.Tensor  # (I, L) bool, the words that the pointer read
     relevance: torch.Tensor
     question_state: torch.Tensor
     complexity: torch.Tensor

@@ -111,7 +111,7 @@ def read_question(
 
 
 def check_decoding(options: Mapping[str, Any], generation_config):
-    """Raise ValueError for decoding methods that read the whole prompt again, of which a selection keeps a part."""
+    """Raise ValueError for decoding methods that read the whole prompt again: a selection keeps only part of it."""
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if options.get(name) is not None or generation_config.to_dict().get(name) is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What one call brings: the prompt, the visual inputs and the budget, checked. Sizes as in `layout_qgsa`."""
+"""The inputs of one call: prompt, visual inputs and budget, checked. Sizes as in `layout_qgsa`."""
 
 import hashlib
 from dataclasses import dataclass, fields, replace
