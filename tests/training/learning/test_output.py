@@ -75,7 +75,7 @@ def test_a_run_may_go_on_in_its_folder(tmp_path):
 def test_the_folder_of_another_run_is_refused_and_left_as_it_is(other, tmp_path):
     with claimed(tmp_path, WANTED):
         (tmp_path / "results.json").write_text("figures")
-    with pytest.raises(ValueError, match="belongs to a run with (seed 1, this one has 2|dataset|form)"):
+    with pytest.raises(ValueError, match="belongs to a run with (seed 1, but this run has 2|dataset|form)"):
         with claimed(tmp_path, other):
             raise AssertionError("it may not come so far")
     assert (tmp_path / "results.json").read_text() == "figures"
