@@ -181,7 +181,7 @@ def test_an_image_of_a_single_tile(ask):
 def test_a_turned_photograph_is_set_upright(ask):
     sample, data = CARDS[0], io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # to be rotated by a quarter turn
     sample["image"].rotate(90).save(data, "PNG", exif=exif)
     assert text_of(ask([user(sample["question"], data.getvalue())])) == sample["answer"]
 

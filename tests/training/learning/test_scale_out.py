@@ -47,7 +47,7 @@ def run(command, tmp_path):
 
 
 def results(output):
-    """The rows of a run's results, without what a clock says."""
+    """The rows of a run's results, without the times."""
     rows = json.loads((output / "results.json").read_text())["rows"]
     clocked = ("seconds_median", "speedup_vs_dense")
     return [{name: value for name, value in row.items() if name not in clocked} for row in rows]
