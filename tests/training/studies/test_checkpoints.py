@@ -29,7 +29,7 @@ ERRORS = [
     (["--model", "./nowhere", "--base_model", "hub_cards/tiny-dense"], "nowhere is neither a local folder"),
     (
         ["--checkpoint", "hub_cards/tiny-qgsa", "--base_model", "hub_cards/tiny-dense", "--split", "dev"],
-        "split is 'dev'",
+        "split ('dev'): choose from",
     ),
 ]
 
