@@ -103,7 +103,7 @@ def main():
 
 
 def export(run: ExportArguments):
-    """Create the folder `run.output_dir`. Raises ValueError if it is not empty or the format is unknown."""
+    """Create the folder `run.output_dir`. Raises ValueError if the folder is not empty or the format is unknown."""
     if run.format not in ("qgsa", *PLAIN):
         raise ValueError(f"format ({run.format!r}) must be one of qgsa, {', '.join(PLAIN)}")
     output = Path(run.output_dir)

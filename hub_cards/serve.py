@@ -7,7 +7,7 @@
 
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
 field, `qgsa`, with the number of visual tokens and tiles in use. Neither code nor pickles of a checkpoint are run. The
-server has no authentication: expose it only behind a proxy that has.
+server has no authentication: expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.

@@ -36,7 +36,7 @@ async def load_images(chat: ChatRequest, limits: Limits) -> list[Image.Image]:
         pixels += image.width * image.height
         if pixels > limits.max_pixels:
             raise RequestError(
-                f"{where}: {image.width} x {image.height} px bring the request to {pixels} pixels, the limit is "
+                f"{where}: {image.width} x {image.height} px bring the request to {pixels} pixels, but the limit is "
                 f"{limits.max_pixels}",
                 where,
             )

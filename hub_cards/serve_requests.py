@@ -210,7 +210,7 @@ def check_limits(chat: ChatRequest, limits: Limits, markers: list[str], max_char
             raise RequestError(f"{name} ({asked}) must be at most {limits.max_new_tokens} on this server", name)
     if chat.seed is not None and chat.samples and limits.concurrency > 1:
         raise RequestError(
-            f"seed: sampled answers are repeatable only with a concurrency of 1, this server has {limits.concurrency}",
+            f"seed: sampled answers are repeatable only with a concurrency of 1, not {limits.concurrency}",
             "seed",
         )
     images = len(list(chat.image_urls))
@@ -228,4 +228,4 @@ def check_limits(chat: ChatRequest, limits: Limits, markers: list[str], max_char
         where = f"messages.{m}.content"
         for text in (part["text"] for part in turn["content"] if part["type"] == "text"):
             for marker in (marker for marker in markers if marker in text):
-                raise RequestError(f"{where}: the text must not contain special tokens, remove {marker!r}", where)
+                raise RequestError(f"{where}: the text must not contain special tokens: remove {marker!r}", where)

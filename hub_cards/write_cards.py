@@ -1,4 +1,4 @@
-"""Write the committed model cards anew from hub_cards/results and the tiny checkpoints.
+"""Rewrite the committed model cards from hub_cards/results and the tiny checkpoints.
 
     python hub_cards/write_cards.py
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 def published_config(size: str) -> QGSAConfig:
     """The fields that costs depend on, for SmolVLM-256M (`size` "256m") or 500M ("500m").
 
-    Tests hold them to the published configs.
+    Tests compare them with the published configs.
     """
     width, heads, layers = {"256m": (576, 9, 30), "500m": (960, 15, 32)}[size]
     text = {"model_type": "llama", "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}

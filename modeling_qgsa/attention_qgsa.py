@@ -1,4 +1,4 @@
-"""Attention of chosen rows: the attention that some positions pay, without ever forming a whole attention map."""
+"""Attention of chosen rows (query positions), without ever forming a full attention map."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ def row_attention(
         hidden: `(B, L, D)`, the input of the layer.
         rotary: cosines and sines of all positions, `(B, L, head_dim)` each.
         visible: `(B, L)` bool, False for padding.
-        rows: `(B, R)` int64, the positions whose attention is read; they see what stands before them, and themselves.
+        rows: `(B, R)` int64, the positions whose attention is read; each sees itself and everything before it.
     """
     attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
 
@@ -46,10 +46,10 @@ def attention_of_rows(
     position_ids: torch.Tensor,
     rows: torch.Tensor,
 ) -> Iterator[torch.Tensor]:
-    """The attention that chosen rows of a prompt pay, layer by layer, `(B, heads, R, L)` float32 each.
+    """Yield the attention weights of chosen rows of a prompt, layer by layer, `(B, heads, R, L)` float32 each.
 
-    The pass itself runs the text model's own attention implementation, and no further than the last layer that is
-    asked for: stop the iteration there. Memory does not grow with the number of layers.
+    The pass itself runs the text model's own attention implementation, and only up to the last layer that is
+    requested: stop iterating there. Memory does not grow with the number of layers.
 
     Args:
         text_model: the model whose layers are read.

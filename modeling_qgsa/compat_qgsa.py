@@ -18,7 +18,7 @@ TRANSFORMERS_V4 = transformers.__version__.startswith("4.")
 
 
 def strict_v4(config_class):
-    """Replacement for huggingface_hub's `strict`, which needs a dataclass: configurations of transformers 4 are not.
+    """Replacement for huggingface_hub's `strict`, which needs dataclasses: transformers 4 configs are not dataclasses.
 
     The class gets an `__init__` that checks its annotated fields as `strict` does, hands everything else to
     `__post_init__`, and runs every `validate_...` method.
@@ -95,7 +95,7 @@ def advance_positions(model_kwargs: dict, given: Any) -> dict:
 
 
 def causal_mask(text_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor):
-    """The mask that the layers of `text_model` expect for a prefill, in the form of its attention implementation.
+    """The mask that the layers of `text_model` expect for a prefill, in the format of its attention implementation.
 
     Args:
         inputs_embeds: `(B, L, D)`.

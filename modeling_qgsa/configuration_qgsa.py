@@ -36,7 +36,7 @@ class LimitKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Budget:
-    """Which variant selects, and how many visual tokens and high-resolution tiles it may use per image."""
+    """The selection variant, and how many visual tokens and high-resolution tiles it may use per image."""
 
     selection: str = "before_encoder"
     min_visual_tokens: int = 16
@@ -56,7 +56,7 @@ class Budget:
         return budget
 
     def check(self):
-        """Raise ValueError, naming the field and both numbers, if the budget cannot be kept."""
+        """Raise ValueError, naming the field and both numbers, if the budget is out of range."""
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection ({self.selection!r}): choose from {', '.join(SELECTIONS)}")
         for name, low, high, least in (
@@ -101,7 +101,7 @@ class QGSAConfig(SmolVLMConfig):
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
         selector_heads (`int`, defaults to 4): attention heads per layer.
-        max_question_tokens (`int`, defaults to 128): the selector reads at most this many tokens, the last ones.
+        max_question_tokens (`int`, defaults to 128): most question tokens that the selector reads, the last ones.
         gumbel_temperature (`float`, defaults to 1.0): temperature of the relaxed selection in training.
         complexity_levels (`int`, defaults to 9): number of complexities from 0 to 1 that the estimator distinguishes.
         complexity_quantile (`float`, defaults to 0.95): estimated probability with which the budget should suffice; a
@@ -113,7 +113,7 @@ class QGSAConfig(SmolVLMConfig):
 
     A saved configuration also carries `qgsa_version`, the version of this package that wrote it.
 
-    Raises a StrictDataclass error of huggingface_hub, naming the field and the number, if a field is out of range.
+    Raises huggingface_hub's StrictDataclass error, naming the field and the number, if a field is out of range.
     """
 
     model_type = "qgsa_smolvlm"
@@ -155,7 +155,7 @@ class QGSAConfig(SmolVLMConfig):
         return (self.patches_per_side // self.scale_factor) ** 2
 
     def check_tiles(self):
-        """Raise ValueError if the patches of a tile do not make whole visual tokens."""
+        """Raise ValueError if the patches of a tile do not form whole visual tokens."""
         if self.patches_per_side % self.scale_factor:
             raise ValueError(
                 f"scale_factor ({self.scale_factor}) must divide the number of patches per tile side "
@@ -188,7 +188,7 @@ class QGSAConfig(SmolVLMConfig):
             raise ValueError(f"tile_token_ids ({len(self.tile_token_ids)} ids) must hold 36: 6 rows of 6 columns")
 
     def validate_sizes(self):
-        """Check that tiles make visual tokens and that ids are in range; run by `@strict_config` on construction."""
+        """Check that tiles yield visual tokens and that ids are in range; run by `@strict_config` on construction."""
         vision, text = self.vision_config, self.text_config
         for name, size in (
             ("image_size", vision.image_size),

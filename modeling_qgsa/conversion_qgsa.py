@@ -13,7 +13,7 @@ def load_dense(base, tokenizer=None):
 
     Args:
         base: Hub id, folder or model.
-        tokenizer: replaces that of an id or folder; returned as it is for a model.
+        tokenizer: replaces the one that comes with an id or folder; returned unchanged for a model.
 
     Raises ValueError for a checkpoint of another architecture, naming it, before any weight is loaded.
     """

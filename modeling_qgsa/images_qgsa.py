@@ -48,7 +48,7 @@ def open_image(address: str) -> Image.Image:
 
 
 def read(load, name: str):
-    """The result of `load`. Raises ValueError, naming the image, for any other error of PIL and the network."""
+    """The result of `load`. Raises ValueError, naming the image, for any other error from PIL or the network."""
     try:
         return load()
     except (OSError, ValueError, TypeError):
@@ -136,7 +136,7 @@ def has_images(images) -> bool:
 
 
 def images_per_sample(images, counts: list[int]) -> list[list]:
-    """The images of each sample; `counts` are the numbers of images that the prompts name.
+    """The images of each sample; `counts` holds the number of images that each prompt names.
 
     Raises ValueError if the numbers differ, and for lists of mixed depth or with None among the images.
     """

@@ -27,7 +27,7 @@ class Markers(Protocol):
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """Places of the tiles of a batch in its prompts.
+    """Places of a batch's tiles in its prompts.
 
     Args:
         tile_sample, tile_image (`(T,)` int64): sample and image (0 .. I - 1) of each tile.
@@ -190,7 +190,7 @@ def _tile_of_each_position(shape, tile_sample, tile_start, is_global, tokens_per
 
 
 def to_images(values: torch.Tensor, layout: VisualLayout, fill: float) -> torch.Tensor:
-    """Arrange values of tiles, `(T, ...)`, in one row per image, `(I, slots, ...)`, padded with `fill`."""
+    """Arrange per-tile values, `(T, ...)`, in one row per image, `(I, slots, ...)`, padded with `fill`."""
     slot = layout.tile_slot
     slots = int(slot.max()) + 1 if len(slot) else 0
     rows = values.new_full((len(layout.grids), slots, *values.shape[1:]), fill)
@@ -198,12 +198,12 @@ def to_images(values: torch.Tensor, layout: VisualLayout, fill: float) -> torch.
 
 
 def to_tiles(rows: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
-    """Arrange rows of images, `(I, slots, ...)`, by tile again, `(T, ...)`: the inverse of `to_images`."""
+    """Arrange per-image rows, `(I, slots, ...)`, by tile again, `(T, ...)`: the inverse of `to_images`."""
     return rows[layout.tile_image, layout.tile_slot]
 
 
 def to_samples(values: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
-    """Arrange values of visual tokens, `(T, P)`, in prompt order by sample, `(B, N)`; 0 beyond a sample's own."""
+    """Arrange per-token values, `(T, P)`, in prompt order by sample, `(B, N)`; 0 beyond a sample's own."""
     samples = len(layout.tile_of_position)
     most = int(layout.tiles_per_sample.max()) if samples else 0
     rows = values.new_zeros(samples, most, *values.shape[1:])

@@ -72,12 +72,12 @@ class QGSASmolVLMModel(SmolVLMModel):
 
     @property
     def pointer(self) -> Pointer:
-        """Who points: the trained selector."""
+        """The pointer: the trained selector."""
         return SelectorPointer(self.selector, self.complexity_estimator, self.config.complexity_quantile)
 
     @property
     def is_tuned(self) -> bool:
-        """Whether the encoder differs from SmolVLM's: it takes steps, or has a dtype of its own."""
+        """Whether the encoder runs differently from SmolVLM's: in steps, or in a dtype of its own."""
         return self.config.tiles_per_step is not None or self.vision_model.dtype != self.text_model.dtype
 
     def glance_and_point(self, request: Request) -> Glance:
@@ -129,7 +129,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         """Steps 2 to 6: the prompt of `request` with the k best visual tokens of each image.
 
         With a `relaxation`, in training, budgets are random and all tokens that are looked at stay, each with a gate
-        on its attention key; the reported selection is the hard one that the same scores make, and the features are
+        on its attention key; the reported selection is the hard one that the same scores give, and the features are
         those of every tile, for the teachers.
         """
         prompt, budget, visual = request.prompt, request.budget, request.visual
@@ -178,7 +178,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         past_key_values=None,
         **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
-        """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` are only hidden from the selector here."""
+        """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         rest: dict[str, Any] = {**given, **kwargs}
         request = Request.take(self.config, rest)
@@ -249,22 +249,22 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[QGSAKwargs],
     ) -> QGSACausalLMOutputWithPast:
-        """SmolVLM's forward over what the question selects.
+        """SmolVLM's forward pass over the visual tokens that the question selects.
 
         In training mode the selection is relaxed (every tile is encoded, budgets are random, and a gate acts on the
         attention keys, see [`Relaxation`]); otherwise it is hard. Logits are those of the kept positions
         (`selection.keep_indices`, padded on the left), and labels follow them.
 
         Args (in addition to SmolVLM's):
-            question_mask: `(B, L)` bool or int, the tokens of the question; by default the last turn of the user.
+            question_mask: `(B, L)` bool or int, the tokens of the question; by default the last user turn.
             visual_token_scores: `(B, N)` float, scores of all visual tokens in prompt order that replace the
                 selector's. The score of a tile is the highest of its tokens.
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of
                 `pixel_values`; not for "dense".
-            lazy_tiles: returned by the processor with `lazy_tiles=True` beside the pixels of the global views; the
+            lazy_tiles: returned by the processor with `lazy_tiles=True` next to the pixels of the global views; the
                 other tiles are cut when they are looked at.
             visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
-            gumbel_temperature: of the relaxed selection; `config.gumbel_temperature` by default.
+            gumbel_temperature: temperature of the relaxed selection; `config.gumbel_temperature` by default.
             selection, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config for this call.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
@@ -314,11 +314,11 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
         On CPUs with bfloat16 instructions `model.tune(torch.bfloat16)` halves the time of the encoder; the text model
         stays as it is. `training/benchmark.py` measures both. "dense" then equals stock up to rounding. A saved
-        checkpoint is loaded again in the text model's dtype throughout, so tune after loading.
+        checkpoint loads in the text model's dtype throughout, so tune after loading.
 
         Args:
-            vision_dtype: dtype of encoder and connector, converted in place; None leaves it.
-            tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it.
+            vision_dtype: dtype of encoder and connector, converted in place; None leaves it unchanged.
+            tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it unchanged.
 
         Returns the model. Raises ValueError if `tiles_per_step` is less than 1.
         """
@@ -347,7 +347,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
     @torch.no_grad()
     def generate(self, inputs=None, input_ids=None, **kwargs):  # type: ignore[override]
-        """Stock `generate` over what the question selects: returns prompt ids and new ids, as the stock model does.
+        """Stock `generate` over the visual tokens that the question selects; returns prompt ids and new ids, as stock.
 
         The selection is made once, before the prefill; with `return_dict_in_generate=True` the output carries it as
         `selection`. Arguments as in `forward` and in `GenerationMixin.generate`.
@@ -369,7 +369,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         return output
 
     def _generate_dense(self, request: Request, options: dict[str, Any]):
-        """Stock `generate`, over stock inputs."""
+        """Stock `generate` over stock inputs."""
         stock = {name: value for name, value in request.stock.items() if value is not None}
         input_ids = stock.pop("input_ids", None)
         continues = options.get("past_key_values") is not None or "inputs_embeds" in stock
@@ -378,7 +378,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         return super().generate(input_ids, selection="dense", **stock, **options)  # type: ignore[misc]
 
     def _prepare_generated_length(self, *, model_input_name, input_ids_length, **kwargs):  # type: ignore[override]
-        # Lengths count the ids of the whole prompt, which are returned in front, not only the kept positions.
+        # Lengths count the whole prompt, whose ids are returned first, not only the kept positions.
         name = "input_ids" if input_ids_length else model_input_name
         lengths = {"model_input_name": name, "input_ids_length": input_ids_length, **kwargs}
         return super()._prepare_generated_length(**lengths)  # type: ignore[misc]

@@ -25,7 +25,7 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
 class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     """SmolVLM's output with the `selection` behind it; logits are those of `selection.keep_indices`.
 
-    In training also the `glance`, whose relevance and complexity logits carry gradients for losses on them.
+    In training it also holds the `glance`, whose relevance and complexity logits carry gradients for losses on them.
     """
 
     selection: QGSASelection | None = None

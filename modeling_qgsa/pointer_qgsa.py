@@ -1,8 +1,8 @@
-"""Who points: the seam between the glance and the budget. Sizes as in `layout_qgsa`.
+"""Pointers: the seam between the glance and the budget. Sizes as in `layout_qgsa`.
 
 A pointer reads question and glance and predicts where to look (`point`); once tiles are encoded, it matches their
-tokens with the question (`match`). Behind the seam stands the trained selector. The rest of the model sees only
-scores: those of the pointer, or those that a caller gives.
+tokens with the question (`match`). The trained selector stands behind the seam. The rest of the model sees only
+scores: those of the pointer, or those given by a caller.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Pointing(NamedTuple):
 
     Args:
         relevance: `(I, C)` float, log-probabilities of the cells of the glance.
-        question_state: `(I, D)`, what `match` compares visual tokens with.
+        question_state: `(I, D)`, the vectors that `match` compares visual tokens with.
         complexity: `(I,)` float, 0 to 1: how much of the budget the question needs.
-        complexity_logits: `(I, levels)` float, of each complexity to be the lowest that suffices.
+        complexity_logits: `(I, levels)` float, logits for each complexity being the lowest that suffices.
     """
 
     relevance: torch.Tensor
@@ -32,7 +32,7 @@ class Pointing(NamedTuple):
 
 
 class Pointer(Protocol):
-    """Points from the question and the glance."""
+    """The interface of a pointer, which reads the question and the glance."""
 
     def point(self, question: torch.Tensor, question_mask: torch.Tensor, glance: torch.Tensor) -> Pointing:
         """Where to look, and how much.
@@ -79,7 +79,7 @@ def complexity_at(logits: torch.Tensor, quantile: float) -> torch.Tensor:
     """The lowest complexity that suffices with the estimated probability `quantile`, `(I,)` float32 in 0 .. 1.
 
     Args:
-        logits: `(I, levels)`, of each of some evenly spaced complexities to be the lowest that suffices.
+        logits: `(I, levels)`, for each of several evenly spaced complexities being the lowest that suffices.
     """
     highest = logits.shape[1] - 1
     level = (logits.float().softmax(1).cumsum(1) < quantile).sum(1).clamp(max=highest)

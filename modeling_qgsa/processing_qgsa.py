@@ -31,15 +31,15 @@ class MarkerIds(NamedTuple):
 class QGSAProcessor(Idefics3Processor):
     """Prepares prompts and images like [`Idefics3Processor`], and adds `question_mask`.
 
-    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads, the last turn
-    of the user.
+    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads, the last
+    user turn.
 
     With `lazy_tiles=True` only the global views are turned into pixels at once; the inputs then carry `lazy_tiles`,
     from which the model cuts exactly the tiles that it looks at.
 
     Raises ValueError for an image with a side of less than 4 px, an aspect ratio over 200, more than 89 million
-    pixels or more than 8 bits per channel; if the prompts name another number of images than are given; and if the
-    question about an image is empty. Raises OSError for a file that cannot be read.
+    pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; and
+    if the question about an image is empty. Raises OSError for a file that cannot be read.
     """
 
     _auto_class = "AutoProcessor"  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class QGSAProcessor(Idefics3Processor):
 
         Args:
             images: the images of each sample, a list of lists.
-            text: as many prompts.
+            text: one prompt per sample.
 
         Raises ValueError for any other option of the image processor.
         """
@@ -132,7 +132,7 @@ class QGSAProcessor(Idefics3Processor):
             words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip()
             if not words.startswith("Assistant:"):
                 break
-            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as the label in training: look before it
+            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as a training label: look only before it
         words = words.removeprefix("User:")
         if len(layout.grids) and not words.strip():
             raise ValueError(f"text: the prompt has {len(layout.grids)} images but no question to select by")
@@ -152,7 +152,7 @@ class QGSAProcessor(Idefics3Processor):
         Returns an RGB image of the same size. Raises ValueError if `index` exceeds the selection's images or the image
         cannot be one of them, TypeError if an argument is not an image or a selection.
         """
-        # By name: a checkpoint's code is a copy of this code.
+        # Compared by name: the code of a checkpoint is a copy of this code.
         whole = type(selection).__name__ == "QGSASelection" and set(DRAWN_FIELDS) <= set(selection)
         if not whole:
             raise TypeError(f"selection ({type(selection).__name__}) must be the result of `model.select`")
@@ -181,8 +181,8 @@ def check_grid(rows: int, columns: int, width: int, height: int):
     apart = rows - columns * tall if rows <= columns else columns - rows / tall
     if rows and abs(apart) >= 2:
         raise ValueError(
-            f"the selection belongs to an image of {rows} x {columns} tiles, this one has {width} x {height} px: is "
-            "it another image?"
+            f"the selection belongs to an image of {rows} x {columns} tiles, but this one has {width} x {height} px: "
+            "is it a different image?"
         )
 
 

@@ -10,7 +10,7 @@ from .layout_qgsa import VisualLayout
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | None], floating: bool | None = None):
-    """Raise TypeError if it is not a tensor, ValueError if its shape (None is any size) or dtype does not match.
+    """Raise TypeError if it is not a tensor, ValueError if its shape (None matches any size) or dtype does not match.
 
     Args:
         floating: whether it must hold floats (True) or integers (False); None accepts both.
@@ -51,7 +51,7 @@ class Prompt:
         check_shape("position_ids", position_ids, (None, input_ids.shape[1]), floating=False)
         if len(position_ids) not in (1, len(input_ids)):
             raise ValueError(
-                f"position_ids has {len(position_ids)} rows: expected 1 or {len(input_ids)}, as input_ids"
+                f"position_ids has {len(position_ids)} rows: expected 1 or {len(input_ids)}, as in input_ids"
             )
         if labels is None:
             labels = torch.full_like(input_ids, -100)
@@ -83,7 +83,7 @@ def find_question(input_ids: torch.Tensor, readable: torch.Tensor, end_of_uttera
 def read_question(
     prompt: Prompt, layout: VisualLayout, end_of_utterance_token_id: int, question_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What the selector reads for each image, `(I, L)` bool: its sample's question, without answers and images.
+    """Tokens that the selector reads for each image, `(I, L)` bool: its sample's question, without answers and images.
 
     Args:
         question_mask: `(B, L)`, the question as marked by the caller; found by `find_question` by default.

@@ -17,11 +17,11 @@ from .selection_qgsa import rank_per_image
 class Relaxation:
     """How a selection is relaxed, so that the gradient of the answer reaches the selector.
 
-    Each image gets a random budget between its minimum and maximum, so that the text model learns to read all of them.
-    The tokens that are looked at are all spliced, and each is gated by the relaxed selection of k of them.
+    Each image gets a random budget between its minimum and maximum, so that the text model learns to read all budgets.
+    All tokens that are looked at are spliced in, each gated by the relaxed selection of k of them.
 
     Args:
-        temperature: of the gates; they become hard as it falls to 0.
+        temperature: temperature of the gates, which become hard as it falls to 0.
     """
 
     temperature: float
@@ -67,8 +67,8 @@ def relaxed_top_k(
 def gates_of_positions(gates: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
     """Log-gates of all positions, `(B, L)`, from those of the visual tokens, `(T, P)`.
 
-    The markers of a tile are as open as its most open token, since they go with the last token kept; text and the
-    markers of global views stay, with a log-gate of 0.
+    The markers of a tile are as open as its most open token, since they are dropped only with its last token; text
+    and the markers of global views stay, with a log-gate of 0.
     """
     markers = torch.where(layout.is_global, 0.0, gates.amax(1))
     positions = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
@@ -78,7 +78,7 @@ def gates_of_positions(gates: torch.Tensor, layout: VisualLayout) -> torch.Tenso
 def gated_attention_mask(attention_mask: torch.Tensor, log_gates: torch.Tensor) -> torch.Tensor:
     """Causal mask with an additive `log g` on the keys, `(B, 1, L, L)`.
 
-    The gate is on the keys because RMSNorm would divide a scale of the embeddings straight out again.
+    The gate is on the keys because RMSNorm would cancel any scaling of the embeddings.
 
     Args:
         attention_mask: `(B, L)`, 1 for tokens and 0 for padding.

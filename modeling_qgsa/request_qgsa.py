@@ -22,7 +22,7 @@ class QGSAKwargs(LimitKwargs, total=False):
 
 
 class BaseModelKwargs(QGSAKwargs, total=False):
-    """Those of the base model, which names only the prompt."""
+    """Keyword arguments of the base model, whose `forward` names only the prompt."""
 
     inputs_embeds: torch.Tensor | None
     pixel_values: torch.Tensor | None
@@ -42,7 +42,7 @@ class RequestKwargs(BaseModelKwargs, total=False):
 
 REQUEST_NAMES = list(RequestKwargs.__annotations__)
 BUDGET_NAMES = [each.name for each in fields(Budget)]
-# The inputs of the stock model among them; everything else exists only with a selection.
+# The ones that the stock model takes too; all others need a selection.
 STOCK_NAMES = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "pixel_values", "pixel_attention_mask")
 
 
@@ -51,8 +51,8 @@ class VisualInputs:
     """Visual inputs of a batch: the pixels of all tiles, their features if they are known, or lazy tiles.
 
     Args:
-        pixel_values: `(B, tiles, 3, H, W)`; beside `lazy_tiles` only the global views, `(B, images, 3, H, W)`.
-        pixel_attention_mask: `(B, tiles, H, W)`; None beside `lazy_tiles`, whose tiles are full.
+        pixel_values: `(B, tiles, 3, H, W)`; with `lazy_tiles` only the global views, `(B, images, 3, H, W)`.
+        pixel_attention_mask: `(B, tiles, H, W)`; None with `lazy_tiles`, whose tiles are full.
         features: `(T, P, D)`.
         lazy_tiles: cuts tiles on demand, see [`LazyTiles`].
         cache: a [`VisualCache`] in which features are looked up first.
@@ -107,8 +107,7 @@ class VisualInputs:
     def check(self, layout: VisualLayout, tile_size: int):
         """Raise ValueError unless these are exactly the tiles of the layout, with finite pixels.
 
-        Tiles that are zero throughout are padding, as in the stock model. Raises TypeError for an argument of another
-        type.
+        All-zero tiles are padding, as in the stock model. Raises TypeError for an argument of the wrong type.
 
         Args:
             tile_size: pixels along each side of a tile.
@@ -144,23 +143,23 @@ class VisualInputs:
         expected = torch.bincount(owner, minlength=samples)
         for sample in ((size != 0).sum(1) != expected).nonzero()[:1, 0].tolist():
             raise ValueError(
-                f"sample {sample}: the prompt has placeholders for {expected[sample]} {held}, pixel_values holds "
+                f"sample {sample}: the prompt has placeholders for {expected[sample]} {held}, but pixel_values holds "
                 f"{int((size[sample] != 0).sum())}"
             )
 
     def _check_lazy_tiles(self, layout: VisualLayout):
         counts, expected = self.lazy_tiles.counts, layout.tiles_per_sample.tolist()
         if len(counts) != len(expected):
-            raise ValueError(f"lazy_tiles holds tiles of {len(counts)} samples: there are {len(expected)} prompts")
+            raise ValueError(f"lazy_tiles holds tiles of {len(counts)} samples, but there are {len(expected)} prompts")
         for sample, (count, tiles) in enumerate(zip(counts, expected)):
             if count != tiles:
                 raise ValueError(
-                    f"sample {sample}: the prompt has placeholders for {tiles} tiles, lazy_tiles holds {count}"
+                    f"sample {sample}: the prompt has placeholders for {tiles} tiles, but lazy_tiles holds {count}"
                 )
 
 
 def _check_class(name: str, given: Any, expected: str):
-    """Raise TypeError if `given` has no class of this name; by name, as a checkpoint's code is a copy of this code."""
+    """Raise TypeError unless `given` has a class of this name: the code of a checkpoint is a copy of this code."""
     names = [each.__name__ for each in type(given).__mro__]
     if given is not None and expected not in names:
         raise TypeError(f"{name} ({names[0]}) must be a {expected}")
@@ -175,8 +174,8 @@ class Request:
         stock: inputs that the stock model takes, as given.
         visual: visual inputs.
         token_scores: `(B, N)`, scores of all visual tokens that replace the selector's.
-        gumbel_temperature: of the relaxed selection in training.
-        prompt: the text side, checked; None, as the next two, if nothing is selected.
+        gumbel_temperature: temperature of the relaxed selection in training.
+        prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
         question_mask: `(I, L)` bool, the question about each image.
     """
@@ -196,7 +195,7 @@ class Request:
 
         With a selection this is step 1: the layout is read, and everything is checked against it. Raises ValueError if
         the budget is out of range, the inputs do not fit together, an image has no question, or an argument is given
-        that "dense" cannot take; TypeError for an argument of another type.
+        that "dense" cannot take; TypeError for an argument of the wrong type.
         """
         given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}
         budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})

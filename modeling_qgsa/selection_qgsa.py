@@ -91,7 +91,7 @@ def choose_tokens(selection: str, scores, layout: VisualLayout, m: torch.Tensor,
 
     Args:
         selection: a variant other than "dense".
-        scores: of tiles and of tokens, before any tile is encoded; see `pointer_qgsa`.
+        scores: scores of tiles and of tokens, before any tile is encoded; see `pointer_qgsa`.
         m, k: `(I,)` int64.
     """
     is_global = layout.is_global
@@ -105,7 +105,7 @@ def choose_tokens(selection: str, scores, layout: VisualLayout, m: torch.Tensor,
 
 
 def spread(values: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    """Put values `(n, ...)` of the chosen `tiles` `(T,)` bool at their places among all tiles, `(T, ...)`; 0 else."""
+    """Put values `(n, ...)` of the chosen `tiles` `(T,)` bool at their places among all tiles, `(T, ...)`, else 0."""
     return values.new_zeros(len(tiles), *values.shape[1:]).index_put((tiles,), values)
 
 
@@ -115,7 +115,8 @@ def spread(values: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
 def positions_to_keep(attention_mask: torch.Tensor, layout: VisualLayout, kept: torch.Tensor) -> torch.Tensor:
     """Positions of the prompt to keep, `(B, L)` bool, given the visual tokens `kept` `(T, P)`.
 
-    All text stays. The markers of a tile go with its last token; those of a global view stay, as they close the image.
+    All text stays. The markers of a tile are dropped with its last token; those of a global view stay, as they close
+    the image.
     """
     marked = kept.any(1) | layout.is_global
     keep = torch.where(layout.tile_of_position < 0, True, marked[layout.tile_of_position])

@@ -43,9 +43,10 @@ class QuestionGuidedSelector(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Start from content alone: places count for nothing yet, and words match the tokens that resemble them.
+        """Start from content alone: places have no influence yet, and words match the tokens that resemble them.
 
-        With larger initial positions, the selector learns where things usually are before it reads the question.
+        With larger initial position embeddings, the selector learns where things usually are before it reads the
+        question.
         """
         init.zeros_(self.cell_position)
         init.zeros_(self.word_position)
@@ -108,7 +109,7 @@ class QuestionGuidedSelector(nn.Module):
 class ComplexityEstimator(nn.Module):
     """Predicts how much of an image a question needs, from its words and the glance (adaptive sparsity, QGSA).
 
-    It predicts the probability of each of several complexities, evenly spaced from 0 to 1, to be the lowest that
+    For each of several complexities, evenly spaced from 0 to 1, it predicts the probability of being the lowest that
     suffices: similar questions can need different budgets, and a mean would serve none of them.
 
     Args:

@@ -14,7 +14,7 @@ MAX_SIDE = 4096  # px; the largest side that the stock image processor scales to
 
 
 class LazyImage:
-    """An image scaled like the stock image processor does, and cut one tile at a time.
+    """An image scaled as by the stock image processor, and cut one tile at a time.
 
     Args:
         image: PIL, RGB.
@@ -35,7 +35,7 @@ class LazyImage:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the image and of the way in which it is cut."""
+        """Identity of the image and of how it is cut."""
         settings = str((self.image.size, self.tile, self.grid, self.resample))
         return hashlib.sha256(self.image.tobytes() + settings.encode()).hexdigest()
 
@@ -106,7 +106,7 @@ class LazyTiles:
 
 
 def scaled_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:
-    """(width, height) of an image scaled to `longest_edge`, with an even shorter side, as in the stock processor."""
+    """(width, height) of an image scaled to `longest_edge`, the shorter side even, as in the stock processor."""
     aspect = width / height
     if width >= height:
         width, height = longest_edge, int(longest_edge / aspect)

@@ -22,7 +22,7 @@ class VisualCache:
     cache, tiles are encoded one at a time: answers equal those of a model with `tiles_per_step=1`, bit for bit.
 
     Args:
-        max_bytes (`int`, defaults to 256 MiB): most bytes of features to hold; the least recently used are dropped
+        max_bytes (`int`, defaults to 256 MiB): maximum size of the features held; the least recently used are dropped
             first. A SmolVLM-256M tile takes 144 KiB in float32.
 
     Raises ValueError if `max_bytes` is less than 1.
@@ -70,12 +70,12 @@ def encode_in_steps(
 
     Args:
         encode: SmolVLM's `get_image_features`.
-        pixel_values: `(B, tiles, 3, H, W)`; tiles that are zero throughout are padding.
+        pixel_values: `(B, tiles, 3, H, W)`; all-zero tiles are padding.
         pixel_attention_mask: `(B, tiles, H, W)` or None.
         step: number of tiles; all of them by default.
-        dtype: of the features.
+        dtype: dtype of the features.
 
-    Returns the result of `encode` for all tiles together; of an output, only `pooler_output`.
+    Returns the result of `encode` for all tiles together; of an output object, only `pooler_output`.
     """
     real = pixel_values.flatten(2).any(-1)
     pixels, mask = pixel_values[real], None if pixel_attention_mask is None else pixel_attention_mask[real]
@@ -101,14 +101,14 @@ def embed_dense(model, stock: dict[str, Any]) -> dict[str, Any]:
         model: a [`QGSASmolVLMModel`].
         stock: keyword arguments of SmolVLM's forward.
 
-    Raises ValueError if the prompt has another number of placeholders than there are visual tokens.
+    Raises ValueError if the number of placeholders in the prompt differs from the number of visual tokens.
     """
     input_ids, pixels, mask = (stock[name] for name in ("input_ids", "pixel_values", "pixel_attention_mask"))
     features = tile_features(model.get_image_features(pixels, mask, **RETURN_OUTPUT)).flatten(0, -2)
     visual = input_ids == model.config.image_token_id
     if int(visual.sum()) != len(features):
         raise ValueError(
-            f"input_ids holds {int(visual.sum())} image placeholders: the pixels make {len(features)} tokens"
+            f"input_ids holds {int(visual.sum())} image placeholders, but the pixels make {len(features)} tokens"
         )
     embeds = model.get_input_embeddings()(input_ids).masked_scatter(visual[..., None], features)
     replaced = dict.fromkeys(("input_ids", "pixel_values", "pixel_attention_mask"))
@@ -132,7 +132,7 @@ def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch
 
 
 def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch.Tensor) -> torch.Tensor:
-    """As `encode_tiles`, one tile at a time, and only those that `visual.cache` does not hold yet; it then does."""
+    """As `encode_tiles`, one tile at a time; tiles in `visual.cache` are skipped, all others are added to it."""
     if model.training:
         raise ValueError("visual_cache is for inference, but the model is in training mode: call model.eval()")
     weights = [*model.vision_model.parameters(), *model.connector.parameters()]
@@ -176,7 +176,7 @@ def encode_blocks(
     position there. If every block of a tile is chosen, the result is what the encoder makes of the whole tile.
 
     Args:
-        vision, connector: SmolVLM's.
+        vision, connector: SmolVLM's modules.
         pixels: `(n, 3, S, S)`, the tiles.
         chosen: `(n, P)` bool.
         image: `(n,)` int64, the image of each tile.

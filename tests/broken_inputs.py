@@ -70,7 +70,7 @@ def flipped_files(times=10):
 
 
 def false_files():
-    """`(name, bytes)` of files that are no images."""
+    """`(name, bytes)` of files that are not images."""
     yield "empty", b""
     yield "text", b"this is no image\n" * 20
     yield "zeros", bytes(1000)
@@ -90,14 +90,14 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_file(width, height, depth=8, colour=2, chunks=(), data=b"") -> bytes:
-    """A PNG with the header that is asked for, whatever its data are."""
+    """A PNG with the given header, whatever its data."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = [png_chunk(b"IHDR", header), *(png_chunk(*chunk) for chunk in chunks), png_chunk(b"IDAT", data)]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
 
 
 def bombs():
-    """`(name, bytes)` of small files that declare, or unpack to, very much."""
+    """`(name, bytes)` of small files that declare, or unpack to, huge content."""
     for width, height in (
         (30000, 30000),
         (65535, 65535),
@@ -122,7 +122,7 @@ def bombs():
     packed = zlib.compress(bytes(100 * 2**20), 9)
     for name, data in ((b"zTXt", b"key\0\0" + packed), (b"iCCP", b"key\0\0" + packed)):
         yield f"PNG with {name.decode()} of 100 MiB", png_file(64, 48, chunks=[(name, data)])
-    yield "PNG with too many data", png_file(64, 48, data=packed)
+    yield "PNG with too much data", png_file(64, 48, data=packed)
     yield "PNG with bad depth", png_file(64, 48, 3, 7)
 
 
@@ -162,7 +162,7 @@ def odd_modes():
 
 
 def deep_pictures():
-    """`(name, image, clean)`: grey pictures of more than 8 bits, as scanners make them, and what they show."""
+    """`(name, image, clean)`: grey pictures of more than 8 bits, as scanners make them; `clean` is what they show."""
     grey = np.asarray(picture(4).convert("L"))
     clean = Image.fromarray(grey)
     yield "I;16 0 .. 65535", Image.fromarray(grey.astype(np.uint16) * 257), clean
@@ -229,7 +229,7 @@ def odd_arrays():
 
 
 def odd_tensors():
-    """As `odd_arrays`, as tensors where torch has the dtype, and what only tensors can be."""
+    """`odd_arrays` as tensors, where torch has the dtype, and cases that only tensors have."""
     for name, array, clean in odd_arrays():
         if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
             yield f"tensor, {name}", torch.from_numpy(array.copy()), clean
@@ -243,7 +243,7 @@ def odd_tensors():
 
 
 def wrong_images():
-    """`(name, text, images)`: numbers and nestings of images that do not fit the prompts, or hardly do."""
+    """`(name, text, images)`: numbers and nestings of images that do not fit the prompts, or barely do."""
     one, two = picture(7), picture(8)
     texts = ("<image>what?", "what?", "<image>what <image>now?", "<image><image><image>what?", "what?<image>")
     given = {
@@ -291,7 +291,7 @@ def wrong_images():
 
 
 def odd_questions():
-    """`(name, question)`: what users write where a question is asked for."""
+    """`(name, question)`: texts that users may write as a question."""
     for marker in (*MARKERS, "<end_of_utterance>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         yield f"{marker} alone", marker
         yield f"{marker} before", f"{marker} what is it?"
@@ -327,7 +327,7 @@ def odd_questions():
 
 
 def wrong_texts():
-    """`(name, text)`: what is no text, or no list of texts."""
+    """`(name, text)`: values that are not a text or a list of texts."""
     yield from {
         "number": 5,
         "float": 1.5,
@@ -350,7 +350,7 @@ def wrong_texts():
 
 
 def wrong_addresses(folder):
-    """`(name, address)`: paths and URLs that lead to no image. None needs a network."""
+    """`(name, address)`: paths and URLs that do not lead to an image. None needs a network."""
     whole = base64.b64encode(encode(picture(9), "PNG")).decode()
     addresses = [
         "",
@@ -408,10 +408,10 @@ def wrong_addresses(folder):
 
 
 def broken_prompts(ids, markers):
-    """`(name, input_ids)`: a prompt `(1, L)` of one image with what makes up its tiles taken away or put elsewhere.
+    """`(name, input_ids)`: a prompt `(1, L)` of one image, with parts of its tiles removed or moved.
 
     Args:
-        ids: of an image of 4 x 4 tiles.
+        ids: prompt with an image of 4 x 4 tiles.
         markers: `{"image": id, "global": id, "fake": id, "tiles": [36 ids]}`.
     """
     row = ids[0].tolist()

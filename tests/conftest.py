@@ -29,7 +29,7 @@ DENSE = {
 
 
 class DeprecationGuard(logging.Handler):
-    """Fails the test in which transformers logs that something is deprecated."""
+    """Fails any test in which transformers logs a deprecation."""
 
     def emit(self, record):
         if "deprecat" in record.getMessage().lower():
@@ -67,7 +67,7 @@ def tokenizer(processor):
 
 @pytest.fixture(scope="session")
 def make_dense(processor, tokenizer):
-    """Makes the stock model of a kind: 16 visual tokens a tile. Large weights, so that every token matters."""
+    """Makes the stock model of a kind: 16 visual tokens per tile. Large weights, so that every token matters."""
 
     def make(kind="smolvlm", attention="sdpa"):
         config_class, model_class = DENSE[kind]
@@ -109,7 +109,7 @@ def make_dense(processor, tokenizer):
 
 @pytest.fixture(scope="session")
 def make_model(make_dense, tokenizer):
-    """Makes a QGSA model in eval mode whose untrained selector already has decided opinions."""
+    """Makes a QGSA model in eval mode whose untrained selector already makes clear choices."""
 
     def make(dense=None, **fields):
         dense = make_dense() if dense is None else dense
@@ -130,7 +130,7 @@ def make_model(make_dense, tokenizer):
 
 @pytest.fixture(scope="session")
 def model(make_model):
-    """The default variant, shared: leave it as it is."""
+    """The default variant, shared: do not modify it."""
     return make_model()
 
 
@@ -184,7 +184,7 @@ def single(prepare, samples):
 
 @pytest.fixture(scope="session")
 def stock_inputs():
-    """Takes out of a batch what the stock model does not know."""
+    """Removes from a batch the inputs that the stock model does not know."""
     return lambda inputs: {name: value for name, value in inputs.items() if name != "question_mask"}
 
 

@@ -39,7 +39,7 @@ def adaptive_tables(rows):
 
 
 def lines_of_sizes(rows):
-    """A line for each image size, of the seconds of five systems."""
+    """One line per image size, with the seconds of five systems."""
     columns = ("dense-native-size", "qgsa-native-size", "dense-fast", "qgsa", "qgsa-blocks")
     by = {(row["longest_edge"], row["system"]): row["seconds_median"] for row in rows}
     return [f"| {edge} | " + " | ".join(f"{by[edge, c]:.2f}" for c in columns) + " |" for edge in {e for e, _ in by}]
@@ -98,7 +98,7 @@ def test_the_readme_holds_the_controls_of_the_demo():
     tokens, tiles = f"{qgsa['visual_tokens_mean']:.1f} of 272 visual tokens", f"{qgsa['tiles_mean']:.2f} of 16 tiles"
     assert f"at {delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] with {tokens} and {tiles}" in words
     controls = f"random tokens at the same budget lose {delta['random'][1:]} pp"
-    assert f"{controls}, a grey image loses {delta['blank-image'][1:]} pp" in words
+    assert f"{controls}, and a grey image loses {delta['blank-image'][1:]} pp" in words
 
 
 def test_the_results_page_holds_the_headline():

@@ -8,7 +8,7 @@ them. The budget is therefore set (`--tiles`, `--tokens`) instead of estimated. 
 plots.
 
 Pruning methods and QGSA run in the precision and encoder steps that are fastest for stock SmolVLM on this machine
-(`dense-fast`), which the run finds out first. On a GPU everything runs in bfloat16.
+(`dense-fast`), which the run determines first. On a GPU everything runs in bfloat16.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class BenchmarkArguments:
     )
     base_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder whose config and processor are used; by default model, or architecture."},
+        metadata={"help": "Hub id or folder to take config and processor from; default: model or architecture."},
     )
     images: str = field(
         default=str(SHARED / "data" / "vqa_rad" / "images"), metadata={"help": "Folder of JPEG or PNG images."}
@@ -71,7 +71,7 @@ class BenchmarkArguments:
 
 def base_model_of(run: BenchmarkArguments) -> str:
     """Hub id or folder of config and processor: `base_model`, or `model`, or the published checkpoint of
-    `architecture`, which comes from `../shared` if it is there.
+    `architecture`, which is taken from `../shared` if present.
 
     Raises ValueError for a missing folder and for an unknown architecture.
     """

@@ -1,4 +1,4 @@
-"""FLOPs of one answer by formula: the measure of the QGSA paper, and beside it the cost of the whole answer.
+"""FLOPs of one answer by formula: the measure used in the QGSA paper, and the cost of the whole answer.
 
     python training/flops.py HuggingFaceTB/SmolVLM-256M-Instruct HuggingFaceTB/SmolVLM-500M-Instruct
 

@@ -1,4 +1,4 @@
-"""Write the model card of a run anew, from its `results.json` and its checkpoint.
+"""Rewrite the model card of a run from its `results.json` and its checkpoint.
 
     python training/model_card.py --model outputs/demo
 

@@ -46,7 +46,7 @@ SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough ques
 
 @dataclass
 class TaskArguments:
-    """What to do."""
+    """The task to run."""
 
     _argument_group_name = "task"
 
@@ -56,7 +56,10 @@ class TaskArguments:
         if self.task == "dense":
             raise ValueError("task ('dense'): now a script of its own. Use python training/run_stand_in.py")
         if self.task == "qgsa":
-            print("warning: --task qgsa is now called --task train; it will go in the next version", file=sys.stderr)
+            print(
+                "warning: --task qgsa is now called --task train; the former name will be removed in the next version",
+                file=sys.stderr,
+            )
             self.task = "train"
         if self.task not in TASKS:
             raise ValueError(f"task ({self.task!r}): choose from {', '.join(TASKS)}")
@@ -79,7 +82,7 @@ def run(
     features: FeatureArguments,
     args: QGSATrainingArguments,
 ):
-    """Train selector and adapters on a frozen dense model, evaluate all systems, fill the output folder.
+    """Train selector and adapters on a frozen dense model, evaluate all systems, and fill the output folder.
 
     The task `evaluate` takes the trained model from the output folder instead.
     """
@@ -99,7 +102,7 @@ def run(
     systems = choose_systems(evaluation.systems, untrained, tuned)
     size, length = evaluation.test_batch_size, evaluation.max_new_tokens
     rows = evaluate_systems(systems, test, processor, size, length, args.seed, data.dataset)
-    if args.should_save:  # all processes have answered, the first one reports
+    if args.should_save:  # all processes have answered; only the first one reports
         questions = 1 if model.random_weights else 8
         add_flops(rows, systems, test, processor, length, questions)
         write_report(preset, command, model, data, args, rows, tuned, processor, test)

@@ -1,4 +1,4 @@
-"""What an exported folder answers under the installed transformers: run by tests in each environment.
+"""Answers of an exported folder under the installed transformers; tests run this script in each environment.
 
     python tests/compat/answer.py FOLDER IMAGE OUTPUT
 
@@ -18,7 +18,7 @@ QUESTIONS = ("what shape does the red card show?", "how many cards are there?")
 
 
 def load(folder: str):
-    """Model and processor of `folder`, through the class that this generation of transformers has for them."""
+    """Model and processor of `folder`, through the class that this version of transformers has for them."""
     if transformers.__version__.startswith("4."):
         from transformers import AutoModelForVision2Seq as AutoModel
 
@@ -45,7 +45,7 @@ def ask(processor, image, *questions, **options):
 
 
 def positions_of(model, inputs, **options) -> list:
-    """The ids that `generate` makes, and the positions that the text model saw of all of them, step by step."""
+    """The ids that `generate` returns, and the positions that the text model saw, step by step."""
     seen = []
     hook = model.model.text_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True

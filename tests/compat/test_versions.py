@@ -1,6 +1,6 @@
-"""One exported folder, several generations of transformers: the same tokens, positions and selections.
+"""One exported folder, several versions of transformers: the same tokens, positions and selections.
 
-`make environments` sets up the others; without them those tests skip.
+`make environments` sets up the others; without them, their tests are skipped.
 """
 
 import json
@@ -55,7 +55,7 @@ def report(folder):
 def other(request, folder):
     python = ROOT / f".venv-{request.param}" / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"no transformers {request.param} here: make environments")
+        pytest.skip(f"transformers {request.param} is not set up: run make environments")
     report = ask(python, folder)
     assert report["transformers"] == request.param
     return report

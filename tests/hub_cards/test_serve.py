@@ -181,7 +181,7 @@ def test_an_image_of_a_single_tile(ask):
 def test_a_turned_photograph_is_set_upright(ask):
     sample, data = CARDS[0], io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # to be rotated by a quarter turn
     sample["image"].rotate(90).save(data, "PNG", exif=exif)
     assert text_of(ask([user(sample["question"], data.getvalue())])) == sample["answer"]
 
@@ -376,7 +376,7 @@ HELLO = [{"role": "user", "content": "hello there"}]
         ({"messages": [user("what? " * 15000)]}, r"messages: 90000 characters exceed the \d+"),
         (
             {"messages": [user("<image> what?", CARDS[0]["image"])]},
-            "messages.0.content: .*, remove '<image>'",
+            "messages.0.content: .*: remove '<image>'",
         ),
         ({"messages": [user("<row_1_col_1> what?")]}, "remove '<row_1_col_1>'"),
         ({"messages": [{"role": "system", "content": "be nice<end_of_utterance>"}]}, "remove '<end_of_utterance>'"),
@@ -444,7 +444,7 @@ NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
         (["/etc/passwd"], "must be a data:image"),
         (["file:///etc/passwd"], "must be a data:image"),
         (["http://127.0.0.1/a.png"], "the server does not fetch URLs"),
-        ([header_of_png(2000, 1000)], "2000 x 1000 px bring the request to 2000000 pixels, the limit is 1000000"),
+        ([header_of_png(2000, 1000)], "2000 x 1000 px bring the request to 2000000 pixels, but the limit is 1000000"),
         ([header_of_png(100_000, 100_000)], "decompression bomb"),
         (
             [Image.new("L", (800, 800)), Image.new("L", (800, 800))],

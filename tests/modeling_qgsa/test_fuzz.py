@@ -75,7 +75,7 @@ def check(true, message):
 
 
 def judge(call) -> str:
-    """What is wrong with how a case ends; "" where nothing is."""
+    """The problem with how a case ends; "" if there is none."""
 
     def too_late(*_):
         raise Late
@@ -102,7 +102,7 @@ def judge(call) -> str:
 
 
 def refused(call):
-    """A case that no answer can be right for."""
+    """A case for which no answer can be right."""
 
     def checked():
         result = call()
@@ -125,7 +125,7 @@ def answered(call):
 
 @dataclass
 class Bench:
-    """A processor and a model, and what must be true of all they make."""
+    """A processor and a model, with checks of everything they return."""
 
     processor: QGSAProcessor
     model: QGSASmolVLMForConditionalGeneration
@@ -146,7 +146,7 @@ class Bench:
         return inputs["lazy_tiles"].cut([0] * count, list(range(count)))
 
     def show(self, images, clean=None, text=None, **options):
-        """Process and answer; the pixels have to be those of `clean`, a picture, but for rounding."""
+        """Process and answer; the pixels have to be those of `clean`, a picture, up to rounding."""
         inputs = self.process(images, text, **options)
         sizes = None if clean is None else [[clean.size]]
         self.check_inputs(inputs, sizes)
@@ -192,13 +192,13 @@ class Bench:
         return ids
 
     def forward(self, inputs, **options):
-        """One forward, whose logits have to be numbers."""
+        """One forward pass, whose logits must be finite."""
         with torch.no_grad():
             logits = self.model(**inputs, **options).logits
         check(logits.isfinite().all(), "logits are not finite")
 
     def like_stock(self, inputs):
-        """What the stock model makes of the inputs, "dense" makes too, be it an error."""
+        """The stock model and "dense" do the same with the inputs, even if that is an error."""
         ends = []
         stock = {name: value for name, value in inputs.items() if name != "question_mask"}
         for model, given in ((self.dense, stock), (self.model, inputs | {"selection": "dense"})):
@@ -209,7 +209,7 @@ class Bench:
         check(ends[0] == ends[1], f"stock {str(ends[0])[-40:]}, dense {str(ends[1])[-40:]}")
 
     def check_selection(self, selection, inputs, variant, options):
-        """Counts are those of the budget, the mask's, and the positions that are left."""
+        """Counts agree with the budget, the masks and the positions that are left."""
         names = ("min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles")
         budget = Budget.of(self.model.config, **{name: options[name] for name in names if name in options})
         check(selection.relevance.isfinite().all(), "relevance is not finite")
@@ -240,7 +240,7 @@ def bench(processor, model, make_dense, tmp_path_factory):
 
 
 def decoded(data: bytes):
-    """What PIL makes of a file, in the colours that the processor has to see; None where it makes nothing."""
+    """The image that PIL reads from a file, in the colours that the processor must see; None if it cannot."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except Exception:
@@ -248,7 +248,7 @@ def decoded(data: bytes):
 
 
 def of_files(bench, files):
-    """Files as paths, and as images that PIL has opened and not yet read."""
+    """Files as paths, and as images that PIL has opened but not yet read."""
     for number, (name, data) in enumerate(files):
         path = bench.folder / f"{number}.png"
         path.write_bytes(data)
@@ -257,7 +257,7 @@ def of_files(bench, files):
             try:
                 image = Image.open(path)
             except Exception:
-                return  # by the caller
+                return  # refused in the caller's own code
             bench.show(image, None if "A" in image.getbands() or "transparency" in image.info else decoded(data))
 
         def given(path=path, data=data):
@@ -369,7 +369,7 @@ def of_questions(bench):
             blank = re.sub("<[^>]*>", "", question).strip() == ""
             if blank or "<image>" in question:
                 yield f"{name}, {form[:9]}", refused(asked)
-            else:  # who writes markers, answers or halves of letters may be told that nothing is asked
+            else:  # markers, answers and halves of letters may leave no question
                 odd = "<end_of_utterance>" in question or "Assistant:" in question or "surrogate" in name
                 yield f"{name}, {form[:9]}", asked if odd else answered(asked)
 
@@ -380,7 +380,7 @@ def of_texts(bench):
         call = partial(bench.show, picture(11), None, text)
         yield name, (answered if accepted else refused)(call)
         alone = partial(bench.processor, text=text, return_tensors="pt")
-        yield f"{name}, no image", refused(alone)  # which the text names
+        yield f"{name}, no image", refused(alone)  # although the text names one
     yield "no text", answered(partial(bench.processor, images=picture(11)))
     yield "nothing", refused(partial(bench.processor))
     long = "<image>" + "what is it? " * 8500
@@ -621,7 +621,7 @@ def of_tensors(bench, selection):
     for kind, table in (("refused", wrong), ("fine", fine), ("fine", without)):
         for field, values in table.items():
             if field == "pixel_attention_mask" and bench.lazy:
-                continue  # lazy tiles are full, a mask is not read
+                continue  # lazy tiles are full: a mask is not read
             for name, value in values.items():
                 given = inputs | {field: value}
 
@@ -639,7 +639,7 @@ def of_tensors(bench, selection):
 
 
 def of_labels(bench):
-    """Labels that do not fit, in evaluation, where the selector does not read what is labelled."""
+    """Labels that do not fit, in evaluation, where the selector does not read labelled tokens."""
     inputs = dict(bench.process(picture(14)))
     ids = inputs["input_ids"]
     end = torch.full_like(ids, -100)
@@ -666,7 +666,7 @@ def of_labels(bench):
 
 
 def of_padding(bench):
-    """Padding on the right answers as padding on the left does."""
+    """Padding on the right gives the same answers as padding on the left."""
     texts = [ASK.format("<image>"), "<|im_start|>User:<image>is it a red or a blue one?<end_of_utterance>\nAssistant:"]
     images = [[picture(14, 64, 64)], [picture(15, 64, 16)]]
     left = dict(bench.process(images, texts))
@@ -756,7 +756,7 @@ def built(bench, fields):
 
 
 class Evil:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, flag):
         self.flag = str(flag)
@@ -773,7 +773,7 @@ def of_folders(bench):
     number = iter(range(1000))
 
     def copy(**files):
-        """A copy of the good folder with files changed; None takes one away."""
+        """A copy of the good folder with files changed; None removes one."""
         folder = bench.folder / f"folder{next(number)}"
         shutil.copytree(good, folder)
         for name, data in files.items():
@@ -801,7 +801,7 @@ def of_folders(bench):
         model = load(folder)
         weights = model.state_dict()
         for name, weight in bench.model.state_dict().items():
-            check(torch.equal(weights[name], weight), f"{name} is another")
+            check(torch.equal(weights[name], weight), f"{name} differs")
 
     config = json.loads((good / "config.json").read_text())
     weights = (good / "model.safetensors").read_bytes()
@@ -879,7 +879,7 @@ def of_folders(bench):
 
     def told(part):
         _, info = QGSASmolVLMForConditionalGeneration.from_pretrained(changed(drop(part)), output_loading_info=True)
-        check(any(part in key for key in info["missing_keys"]), f"nobody is told that {part} is missing")
+        check(any(part in key for key in info["missing_keys"]), f"loading does not report that {part} is missing")
 
     yield "weights of a layer missing", partial(told, "text_model.layers.1")
     yield "weights of the selector missing", partial(told, "model.selector")
@@ -991,7 +991,7 @@ CASES = [(family, lazy) for family in FAMILIES for lazy in (False, True) if not 
 
 
 def test_what_the_judge_calls_wrong(monkeypatch):
-    """A crash, a hang, a wrong answer and a message that says nothing; not a clear error, nor an answer."""
+    """A crash, a hang, a wrong answer and an unclear message are wrong; a clear error or an answer is not."""
     monkeypatch.setitem(globals(), "SECONDS", 0.1)
 
     def hang():

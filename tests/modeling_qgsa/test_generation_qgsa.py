@@ -1,4 +1,4 @@
-"""Generation: stock where nothing is selected, and the same answers by every road where something is."""
+"""Generation: stock where nothing is selected, and the same answers by every route where something is."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_prompt_ids_are_returned_in_front(answers, batch):
 
 
 def test_dropped_tokens_change_the_answer(model, batch, answers):
-    """Guards the tests of this file: with this model what is kept shows in the ids."""
+    """Guards the tests of this file: with this model, the ids depend on the tokens kept."""
     other = model.generate(**batch, max_new_tokens=NEW, max_tiles=0, min_visual_tokens=1, max_visual_tokens=1)
     assert (answers != other).any(1).all()
 
@@ -196,7 +196,7 @@ def test_lengths_count_the_whole_prompt_as_in_the_stock_model(limit, make_dense,
 
 
 def test_min_length_counts_the_whole_prompt(model, batch, answers):
-    """The first token would end the answer, were it allowed to."""
+    """The first token would end the answer if it were allowed to."""
     length = batch["input_ids"].shape[1]
     end = answers[:, length].unique().tolist()
     ids = model.generate(**batch, max_new_tokens=5, min_length=length + 3, eos_token_id=end)
@@ -240,7 +240,7 @@ def test_embeddings_beside_their_ids_are_answered(model, single):
 
 
 def test_prompts_beyond_the_positions_of_the_config_are_answered(model, prepare, make_image):
-    """They are rotated: there is no table that ends. 4 images make more than the 1024 of the config."""
+    """They are rotary: there is no table to run out of. 4 images make more than the 1024 of the config."""
     inputs = prepare(("how many cards are there?", [make_image(seed) for seed in range(4)]))
     assert inputs["input_ids"].shape[1] > model.config.text_config.max_position_embeddings
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2

@@ -56,7 +56,7 @@ def asked_otherwise(labelled, tokenizer):
 
 
 def padded_gather(values, indices):
-    """Rows of `values` at `indices`; what is padding is 0."""
+    """Rows of `values` at `indices`; padding is 0."""
     rows = values.gather(1, indices.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
     return rows.masked_fill(indices[..., None] < 0, 0)
 
@@ -125,7 +125,7 @@ def test_outputs_come_as_a_tuple_on_request(model, single):
         assert torch.equal(model.model(**single, return_dict=False)[0], hidden)
 
 
-# What is looked at
+# Tiles and tokens that are looked at
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 3, 16])
@@ -162,7 +162,7 @@ def test_the_budget_follows_the_complexity(variant, model, batch):
         selection = model(**batch, selection=variant).selection
     assert torch.equal(selection.complexity * 8, (selection.complexity * 8).round()), "nine levels"
     k = (8 + selection.complexity * (48 - 8)).round().long()
-    assert len(set(k.tolist())) > 1, "the samples of this test are to differ in their budgets"
+    assert len(set(k.tolist())) > 1, "the samples of this test must differ in their budgets"
     assert torch.equal(selection.visual_tokens, k)
     if variant == "before_encoder":
         assert torch.equal(selection.tiles, (selection.complexity * 4).round().long())
@@ -591,13 +591,13 @@ def broken(single):
 def test_more_tiles_than_placeholders(model, broken):
     broken["pixel_values"] = torch.cat([broken["pixel_values"]] * 2, 1)
     del broken["pixel_attention_mask"]
-    with pytest.raises(ValueError, match="placeholders for 17 tiles, pixel_values holds 34"):
+    with pytest.raises(ValueError, match="placeholders for 17 tiles, but pixel_values holds 34"):
         model(**broken)
 
 
 def test_fewer_tiles_than_placeholders(model, broken):
     broken["pixel_values"] = broken["pixel_values"][:, :15]
-    with pytest.raises(ValueError, match="placeholders for 17 tiles, pixel_values holds 15"):
+    with pytest.raises(ValueError, match="placeholders for 17 tiles, but pixel_values holds 15"):
         model.generate(**broken)
 
 
@@ -659,7 +659,7 @@ def test_dense_selects_nothing(model, broken):
         model.select(**broken, selection="dense")
 
 
-# Features in the place of pixels
+# Features instead of pixels
 
 
 @pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])

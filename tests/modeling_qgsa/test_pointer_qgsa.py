@@ -15,7 +15,7 @@ def fresh_selector():
 
 @pytest.fixture
 def selector(fresh_selector):
-    """One that has learnt places."""
+    """A selector that has learnt places."""
     with torch.no_grad():
         fresh_selector.cell_position.normal_()
         fresh_selector.word_position.normal_()
@@ -113,4 +113,4 @@ def test_complexity_is_the_lowest_that_suffices_as_often_as_asked():
     for quantile, expected in ((0.4, 0), (0.6, 0.25), (0.8, 0.75), (0.94, 0.75), (0.97, 1.0)):
         assert complexity_at(logits, quantile).tolist() == [expected, 0.5]
     sure = complexity_at(torch.randn(50, 9), 1.0)
-    assert (sure == 1).all(), "rounding of the sum is no way past the highest level"
+    assert (sure == 1).all(), "rounding of the sum must not lead past the highest level"

@@ -52,7 +52,7 @@ def test_question_mask_marks_the_last_turn_of_the_user_only(processor, ask):
 
 
 def test_question_mask_does_not_mark_an_answer(processor, make_image):
-    """In training the answer stands behind the question, closed like it."""
+    """In training the answer follows the question and is closed the same way."""
     sample = {"image": make_image(0, 256, 64), "question": "what shape is it?", "answer": "star"}
     turns = [sample, {"question": "where is it?", "answer": "row 1 column 2"}]
     inputs = QuestionCollator(processor)([sample, {"image": sample["image"], "turns": turns}])

@@ -42,7 +42,7 @@ def inputs(real_processor, sample):
 
 @pytest.fixture(scope="module")
 def small(real_processor):
-    """The published architecture with one layer on either side, without a tokenizer: the published ids are ours."""
+    """The published architecture with one layer each side; no tokenizer, as our ids are those published."""
     config = AutoConfig.from_pretrained(CHECKPOINT)
     config.text_config.num_hidden_layers = 1
     config.vision_config.num_hidden_layers = 1

@@ -25,9 +25,13 @@ def layout(model, batch):
 def test_check_visual_inputs(layout, batch):
     pixels = batch["pixel_values"]
     VisualInputs(pixels).check(layout, 64)
-    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, pixel_values holds 17"):
+    with pytest.raises(
+        ValueError, match="sample 1: the prompt has placeholders for 5 tiles, but pixel_values holds 17"
+    ):
         VisualInputs(torch.ones_like(pixels)).check(layout, 64)
-    with pytest.raises(ValueError, match="sample 0: the prompt has placeholders for 17 tiles, pixel_values holds 2"):
+    with pytest.raises(
+        ValueError, match="sample 0: the prompt has placeholders for 17 tiles, but pixel_values holds 2"
+    ):
         VisualInputs(pixels[:, :2]).check(layout, 64)
     with pytest.raises(ValueError, match=r"shape \(1, 17, 3, 64, 64\): expected 3 x any x 3 x 64 x 64"):
         VisualInputs(pixels[:1]).check(layout, 64)
@@ -49,9 +53,9 @@ def test_check_visual_inputs_with_features(layout):
 def test_check_visual_inputs_with_lazy_tiles(layout, prepare, samples):
     inputs, other = prepare(*samples, lazy_tiles=True), prepare(*samples[:1] * 3, lazy_tiles=True)
     VisualInputs(inputs["pixel_values"], lazy_tiles=inputs["lazy_tiles"]).check(layout, 64)
-    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, lazy_tiles holds 17"):
+    with pytest.raises(ValueError, match="sample 1: the prompt has placeholders for 5 tiles, but lazy_tiles holds 17"):
         VisualInputs(inputs["pixel_values"], lazy_tiles=other["lazy_tiles"]).check(layout, 64)
-    with pytest.raises(ValueError, match="sample 0: .* 1 global views, pixel_values holds 2"):
+    with pytest.raises(ValueError, match="sample 0: .* 1 global views, but pixel_values holds 2"):
         views = inputs["pixel_values"].expand(-1, 2, -1, -1, -1)
         VisualInputs(views, lazy_tiles=inputs["lazy_tiles"]).check(layout, 64)
 
@@ -106,7 +110,7 @@ def test_blocks_are_as_many_as_tokens_may_be_kept(model, batch):
     budget = {"min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 9, "max_visual_tokens": 9}
     selection = model.select(**batch, selection="blocks", **budget)
     hook.remove()
-    assert encoded == [64, 9 * 4]  # patches: the whole global views, then nine blocks of 2 x 2 an image
+    assert encoded == [64, 9 * 4]  # patches: the whole global views, then nine blocks of 2 x 2 per image
     assert selection.visual_tokens.tolist() == [9, 9, 9] and (selection.tiles <= 2).all()
 
 
@@ -274,7 +278,7 @@ def test_a_tuned_model_is_saved_in_the_dtype_of_its_text_model(make_model, batch
 
 def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
     one, two = prepare(samples[0], lazy_tiles=True), prepare(samples[0], samples[0], lazy_tiles=True)
-    with pytest.raises(ValueError, match="lazy_tiles holds tiles of 2 samples: there are 1 prompts"):
+    with pytest.raises(ValueError, match="lazy_tiles holds tiles of 2 samples, but there are 1 prompts"):
         model(**{**one, "lazy_tiles": two["lazy_tiles"]})
 
 
@@ -282,5 +286,5 @@ def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
 def test_a_tuned_dense_model_says_where_pixels_and_prompt_do_not_fit(make_model, single, tuning):
     inputs = {**single, "pixel_values": single["pixel_values"][:, 1:]}
     inputs["pixel_attention_mask"] = single["pixel_attention_mask"][:, 1:]
-    with pytest.raises(ValueError, match="272 image placeholders: the pixels make 256 tokens"):
+    with pytest.raises(ValueError, match="272 image placeholders, but the pixels make 256 tokens"):
         make_model().tune(**tuning)(**inputs, selection="dense")

@@ -1,4 +1,4 @@
-"""The training script: its command line, and a whole run in small."""
+"""The training script: its command line, and a whole run on a small scale."""
 
 import json
 import os
@@ -104,7 +104,7 @@ MISTAKES = [
     (["--max_tiles", "many"], "--max_tiles"),
     (["--task", "x"], "task ('x'): choose from train, evaluate"),
     (["--task", "dense"], "task ('dense'): now a script of its own. Use python training/run_stand_in.py"),
-    (["--systems", "dense", "qgsa", "clip"], "systems (clip): unknown, choose from dense, "),
+    (["--systems", "dense", "qgsa", "clip"], "systems (clip): unknown; choose from dense, "),
     (["--systems", "qgsa"], "must include dense and qgsa"),
     (["--dataset", "imagenet"], "dataset ('imagenet')"),
     (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "folder nowhere not found"),

@@ -1,4 +1,4 @@
-"""The stand-in's training script: its command line, and a whole run in small."""
+"""The stand-in's training script: its command line, and a whole run on a small scale."""
 
 import json
 import os

@@ -56,7 +56,7 @@ def parse(kind, description: str, renamed: dict[str, str] | None = None):
 
     Args:
         description: text for `--help`, usually the script's docstring.
-        renamed: former option names and their present ones; the former still work, with a warning.
+        renamed: former option names, mapped to their present ones; they still work, with a warning.
     """
     return Parser(kind, description=description).parse(use_present_names(sys.argv[1:], renamed or {}))[0]
 
@@ -67,7 +67,10 @@ def use_present_names(arguments: list[str], renamed: dict[str, str]) -> list[str
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name in renamed:
-            print(f"warning: {name} is now called {renamed[name]}; it will go in the next version", file=sys.stderr)
+            print(
+                f"warning: {name} is now called {renamed[name]}; the former name will be removed in the next version",
+                file=sys.stderr,
+            )
             name = renamed[name]
         present.append(name + equals + value)
     return present

@@ -76,7 +76,7 @@ def parse_arguments(
         shown: dataclasses that `--help` shows; by default all but the last of `kinds`. `--help_all` shows `kinds`.
         folder, default: the script's presets, and the one that is used if none is named.
 
-    Raises SystemExit with a message of one line for an unknown preset or option, or an invalid value. The training
+    Raises SystemExit with a one-line message for an unknown preset or option, or an invalid value. The training
     arguments are set to keep the columns that only the collator reads, and to report to no tracker.
     """
     if "--help_all" in arguments:

@@ -1,6 +1,6 @@
 """FLOPs of one answer by formula, and the tables made from them. A multiply-add counts as two.
 
-Tests hold the formulas to `count_flops` within 0.1 %.
+Tests compare the formulas with `count_flops`, to within 0.1 %.
 """
 
 

@@ -18,8 +18,8 @@ class Timed:
         model: model to run: "stock" (float32), "bfloat16" (stock in bfloat16), "plain" (QGSA in float32) or "fast"
             (QGSA in the precision and steps that are fastest on this machine).
         selection: "dense", or a selection of QGSA.
-        edge: size of the longest edge of an image: "full", "half", or "native", which scales no image up beyond the
-            next whole tile.
+        edge: size of the longest edge of an image: "full", "half", or "native", which never scales an image up
+            beyond the next whole tile.
         split: whether high-resolution tiles are cut in addition to the global view.
         method: selection method of `training/methods`; None leaves the scores to QGSA's selector.
     """

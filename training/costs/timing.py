@@ -25,7 +25,7 @@ QUESTION = "Is there evidence of an abnormality in this image?"
 
 @dataclass(frozen=True)
 class Workload:
-    """What every system has to do.
+    """The work that every system has to do.
 
     Args:
         tiles: m, the number of high-resolution tiles that QGSA encodes per image.

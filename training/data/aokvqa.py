@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 def read_texts(value) -> list[str]:
-    """The texts in a list, or in a string with a Python literal of a list; [] for anything else."""
+    """The texts in a list, or in a string that holds a Python list literal; [] for anything else."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip())

@@ -17,7 +17,7 @@ def without_image(sample: dict) -> dict:
 
 
 def no_metric(predictions: list[str], samples: list[dict], kept: list[list]) -> dict:
-    """The metric of a data set whose accuracy per family says everything."""
+    """The metric of a data set that needs nothing beyond its accuracy per family."""
     return {}
 
 
@@ -41,7 +41,7 @@ class VQADataset:
         metric: `(predictions, samples, kept)` to the data set's own metric, a dict that goes into `results.json` as
             `scores`. `kept` holds the kept regions per image, boxes as fractions of its width and height. It needs at
             least one sample.
-        extra_metrics: entries of `metric` that are means over questions; harnesses report them beside the accuracy.
+        extra_metrics: entries of `metric` that are means over questions; harnesses report them next to the accuracy.
         is_evaluated: which of the loaded `rows` are evaluated; None for all of them.
     """
 

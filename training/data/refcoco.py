@@ -103,7 +103,7 @@ def _make_sample(row: dict, image: Image.Image) -> dict:
 
 
 def load_refcoco(data_dir: str | Path | None = None, split: str = "val") -> Questions:
-    """Load one split of RefCOCO: one sample per row, with its first expression that is not empty.
+    """Load one split of RefCOCO: one sample per row, with its first non-empty expression.
 
     Args:
         data_dir: folder with `<split>*.parquet`, directly or in `data/`; None loads from the Hub.

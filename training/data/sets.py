@@ -1,7 +1,7 @@
 """The data sets by name, and the training and evaluation samples that the options ask for.
 
-To add a data set: one file beside this one that ends in its `VQADataset`, its place in `DATASETS`, a preset in
-`training/presets` and, if wanted, a task in `training/harness`.
+To add a data set, write a file next to this one that ends in its `VQADataset`, list it in `DATASETS`, and add a preset
+to `training/presets` and, if wanted, a task to `training/harness`.
 """
 
 from torch.utils.data import Dataset, Subset

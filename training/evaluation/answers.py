@@ -24,10 +24,10 @@ class Answers:
 
     Args:
         predictions: the answers as text.
-        visual_tokens, tiles: the numbers kept, k and m.
+        visual_tokens, tiles: numbers of visual tokens kept and of tiles encoded, k and m.
         relevance: maps, `(rows, columns)` as lists, if the selector scored; [] otherwise.
         kept: regions of the image that were kept, boxes `[x0, y0, x1, y1]` as fractions of its width and height.
-        seconds: time of the model.
+        seconds: time spent in the model.
     """
 
     predictions: list[str] = field(default_factory=list)
@@ -54,10 +54,10 @@ def answer(
 ) -> tuple[list[Answers], list[dict]]:
     """Ask every system every question of `dataset` through `generate`, greedily.
 
-    The systems take turns, batch by batch, so that a slow minute of the machine slows them all alike. Several
-    processes share the batches, and each gets all answers. Seconds are those of the model, the batch's divided by its
-    size. With `share_features` the first system's model encodes every tile once for all systems that encode whole
-    tiles: their answers stay the same if their encoders are, their seconds do not.
+    The systems take turns, batch by batch, so that a slow spell of the machine affects them all alike. Several
+    processes share the batches, and each gets all answers. Seconds are those of the model, per batch, divided by the
+    batch size. With `share_features` the first system's model encodes every tile once for all systems that encode
+    whole tiles: their answers stay the same if their encoders are the same, but their seconds do not.
 
     Returns the answers of each system, and the samples that were asked, see `without_image`.
     """
@@ -101,7 +101,7 @@ def selection_options(system: System, inputs: dict, layout, generator: torch.Gen
 def ask(
     system: System, samples: list[dict], inputs: dict, processor, max_new_tokens: int, generator, answers: Answers
 ):
-    """Add to `answers` those of `system` to `samples`, shown as `inputs`."""
+    """Append the answers of `system` for `samples`, shown as `inputs`, to `answers`."""
     model = system.model.eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if system.budget.selection in ("dense", "blocks"):
@@ -129,7 +129,7 @@ def ask(
 
 
 def kept_regions(selection, index: int, tokens_per_tile: int) -> list[list[float]]:
-    """Cells of the high-resolution tokens kept of an image, boxes as fractions of its width and height.
+    """Cells of an image's kept high-resolution tokens, boxes as fractions of its width and height.
 
     For an image of a single tile, those of the glance.
     """

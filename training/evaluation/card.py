@@ -102,7 +102,7 @@ def run_content(folder: Path, config, results: dict, base_model: str, command: s
 
 
 def check_results(results: dict):
-    """Raises ValueError if a results file lacks a field that cards need, or has a data set without grading rule."""
+    """Raises ValueError if a results file lacks a field that cards need, or has a data set without a grading rule."""
     missing = sorted(RESULTS_FIELDS - set(results))
     if missing:
         raise ValueError(f"results ({', '.join(missing)}): missing; evaluate again with --task evaluate")

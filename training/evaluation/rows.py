@@ -89,8 +89,8 @@ def evaluate_systems(
 ) -> list[dict]:
     """Rows of `results.json` for `systems`; the first one is dense, which all are paired with.
 
-    `grading` names the data set by whose rules answers are graded. Its own metric is a row's `scores`; how often a
-    system answers as dense does is its `loyalty`.
+    `grading` names the data set by whose rules answers are graded. Its own metric becomes a row's `scores`; the
+    `loyalty` of a system is how often it answers as dense does.
     """
     everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed, share_features)
     grades, rows = grade_answers(grading, everything, samples), []

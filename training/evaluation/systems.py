@@ -76,7 +76,7 @@ def choose_systems(names: list[str], dense, finetuned) -> list[System]:
     systems = {system.name: system for system in standard_systems(dense, finetuned)}
     if wanted - set(systems):
         unknown = ", ".join(sorted(wanted - set(systems)))
-        raise ValueError(f"systems ({unknown}): unknown, choose from {', '.join(systems)}")
+        raise ValueError(f"systems ({unknown}): unknown; choose from {', '.join(systems)}")
     if not {"dense", "qgsa"} <= wanted:
         raise ValueError(f"systems ({', '.join(names)}): must include dense and qgsa, which the report compares")
     return [system for name, system in systems.items() if name in wanted]

@@ -52,8 +52,8 @@ def images(document: dict) -> list:
 def grade(document: dict, answers: list[str]) -> dict[str, float]:
     """The grades of the single answer to a document, each from 0 to 1.
 
-    `accuracy` is the grade that systems are compared by; the data set's `extra_metrics` that apply to this document
-    stand beside it. A harness averages each over the documents that have it.
+    `accuracy` is the grade that systems are compared by; next to it are the data set's `extra_metrics` that apply to
+    this document. A harness averages each over the documents that have it.
     """
     prediction, dataset = answers[0].strip(), get_dataset(document["dataset"])
     metric = dataset.metric([prediction], [document], [[]])

@@ -3,8 +3,8 @@
     python training/harness/run_lmms_eval.py --model qgsa_smolvlm --model_args pretrained=FOLDER,max_tiles=4 \\
         --tasks qgsa_cards --include_path training/harness/lmms_eval_tasks --batch_size 16 --limit 32
 
-Registered by that script and not by an entry point: `training` is not part of the wheel, and one entry point that
-cannot be imported makes lmms-eval skip those of other projects as well.
+It is registered by that script and not by an entry point: `training` is not part of the wheel, and one entry point
+that cannot be imported makes lmms-eval skip those of other projects as well.
 """
 
 import torch

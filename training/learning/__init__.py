@@ -1,1 +1,1 @@
-"""The training proper: trainer, losses, teachers, and what a run leaves behind."""
+"""Training itself: trainer, losses, teachers, and the output of a run."""

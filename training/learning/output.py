@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from training.learning.store import replace_file
 
 
-# May differ when a run continues: the evaluation, and what only costs time or disk space.
+# May differ when a run continues: the evaluation, and options that only affect time or disk space.
 MAY_DIFFER = {"eval_split", "test_size", "feature_cache", "feature_cache_gb"}
 TRAINER_FIELDS = ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -22,7 +22,7 @@ def identity(groups: list, args: TrainingArguments) -> dict:
 
     Args:
         groups: dataclasses of options; those of the evaluation are not part of the identity.
-        args: Trainer's arguments; of those of transformers, only `TRAINER_FIELDS` count.
+        args: Trainer's arguments; of those that transformers defines, only `TRAINER_FIELDS` count.
     """
     chosen = {name: value for group in groups for name, value in asdict(group).items() if name not in MAY_DIFFER}
     stock = field_names(TrainingArguments)
@@ -48,7 +48,7 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True, former:
     Args:
         wanted: the run's `identity`.
         main_process: False in the other processes of a run, which rely on the first.
-        former: fields that the `run.json` of an earlier version has beside those of `wanted`; they are not compared.
+        former: fields that the `run.json` of an earlier version has in addition; they are not compared.
 
     If a run fails before it has saved anything, the folder is free for another run.
 
@@ -82,10 +82,10 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True, former:
 
 
 def check_same_run(folder: Path, found: dict, wanted: dict, former: Collection[str] = ()):
-    """Raise ValueError if the identities `found` and `wanted` differ; those of `former` may be missing in `wanted`."""
+    """Raise ValueError if the identities `found` and `wanted` differ; those of `former` may be absent in `wanted`."""
     for field in sorted((found.keys() - set(former)) | wanted.keys()):
         if found.get(field) != wanted.get(field):
             raise ValueError(
-                f"output_dir ({folder}): it belongs to a run with {field} {found.get(field)!r}, this one has "
+                f"output_dir ({folder}): it belongs to a run with {field} {found.get(field)!r}, but this run has "
                 f"{wanted.get(field)!r}. Choose another folder, or remove this one"
             )

@@ -36,14 +36,14 @@ class TensorStore:
         path = self.folder / "maker.json"
         if not path.exists():
             if any(self.folder.glob("*/*")):
-                raise ValueError(f"{self.folder}: not a store, it has files but no maker.json. Choose another folder")
+                raise ValueError(f"{self.folder}: not a store (no maker.json among its files). Choose another folder")
             replace_file(path, json.dumps(maker, indent=2).encode())
         found = json.loads(path.read_text())
         for field in sorted(set(found) | set(maker)):
             if found.get(field) != maker.get(field):
                 raise ValueError(
-                    f"{self.folder}: it was made with {field} {found.get(field)}, this run has {maker.get(field)}. "
-                    "Choose another folder, or remove this one"
+                    f"{self.folder}: it was made with {field} {found.get(field)}, but this run has "
+                    f"{maker.get(field)}. Choose another folder, or remove this one"
                 )
 
     def _path(self, key: str) -> Path:

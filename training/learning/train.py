@@ -17,7 +17,7 @@ from training.learning.trainer import QGSATrainer
 from training.learning.training_arguments import QGSATrainingArguments
 
 
-TRAINED = ("selector", "complexity_estimator")  # beside the adapters
+TRAINED = ("selector", "complexity_estimator")  # in addition to the adapters
 NOT_QUANTIZED = ("vision_model", "connector", *TRAINED)
 
 

@@ -23,8 +23,8 @@ class QGSATrainer(Trainer):
     """Trainer that adds the teachers' losses to the answer loss through the relaxed selection of a random budget.
 
     The utility teacher says which tiles to look at, the attention teacher which tokens to keep (and which tiles, if
-    there is no utility teacher), the cheapest sufficient budget how much. The contrastive loss and CLIP also teach
-    where to look. The temperature of the relaxed selection falls geometrically from `start_temperature` to
+    there is no utility teacher), and the cheapest sufficient budget how much to look at. The contrastive loss and CLIP
+    also teach where to look. The temperature of the relaxed selection falls geometrically from `start_temperature` to
     `end_temperature`.
 
     Args:
@@ -125,7 +125,7 @@ class QGSATrainer(Trainer):
         self.log(dict(zip(values, (round(mean, 4) for mean in means.tolist()))))
 
     def teacher_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """Losses of where to look, from answers: utility and attention. `features` `(T, P, D)` covers every tile."""
+        """Losses for where to look, from answers: utility and attention. `features` `(T, P, D)` covers every tile."""
         args, losses, layout = self.args, {}, glance.layout
         mass = tile_relevance(glance.relevance.exp(), layout)
         if args.utility_weight:
@@ -147,7 +147,7 @@ class QGSATrainer(Trainer):
         return losses
 
     def grounding_losses(self, selector, glance, prompt: Prompt, patch_words) -> dict[str, torch.Tensor]:
-        """Losses of where to look, from images and words alone (QGSA's self-supervised grounding)."""
+        """Losses for where to look, from images and words alone (QGSA's self-supervised grounding)."""
         args, losses = self.args, {}
         if args.contrastive_weight:
             query = selector.query(glance.question_state).chunk(2, dim=-1)[1]
@@ -166,7 +166,7 @@ class QGSATrainer(Trainer):
         return losses
 
     def budget_losses(self, model, glance, features, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """Losses of how much to look at: the cheapest sufficient budget, and the target for the mean."""
+        """Losses for how much to look at: the cheapest sufficient budget, and the target for the mean."""
         args, losses, config = self.args, {}, model.config
         if self.progress() < args.complexity_start:
             return losses

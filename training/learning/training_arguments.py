@@ -10,7 +10,7 @@ from training.data.arguments import DataArguments
 
 @dataclass
 class LossArguments:
-    """The losses of question-guided selection, and the schedules of what they teach."""
+    """The losses of question-guided selection, and their schedules."""
 
     _argument_group_name = "losses"
 

@@ -1,7 +1,7 @@
-"""Selection methods, one file each, and THE list of them.
+"""Selection methods, one file each, and the one list of them.
 
-Tests, evaluation, studies and benchmark run every method of this list. To add one: a file with a `score` function and
-its [`Method`] (`divprune.py` is an example), and a line below.
+Tests, evaluation, studies and benchmark run every method of this list. To add one, write a file with a `score`
+function and its [`Method`] (`divprune.py` is an example), and add a line below.
 """
 
 from training.methods.cdpruner import CDPRUNER

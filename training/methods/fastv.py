@@ -12,7 +12,7 @@ from modeling_qgsa.prompt_qgsa import Prompt
 from training.methods.method import Method, MethodInputs
 
 
-LAYER = 2  # whose attention is read, counted from 1
+LAYER = 2  # the layer whose attention is read, counted from 1
 
 
 def fastv(given: MethodInputs) -> torch.Tensor:

@@ -27,7 +27,7 @@ def encode_all(model, inputs: dict) -> torch.Tensor:
 
 
 def budget_per_image(model, inputs: dict, layout: VisualLayout, budget: Budget, features: torch.Tensor) -> list[int]:
-    """The number of visual tokens that `budget` allows each image, as the complexity of its question says.
+    """The number of visual tokens that `budget` allows each image, given the complexity of its question.
 
     The glance is read from `features` `(T, P, D)`, so that nothing is encoded for it.
     """
@@ -41,7 +41,7 @@ def budget_per_image(model, inputs: dict, layout: VisualLayout, budget: Budget, 
 
 @dataclass
 class MethodInputs:
-    """The material that a method may score by, computed when it is first asked for.
+    """Inputs that a method may use for its scores, computed on first access.
 
     Args:
         model: a [`QGSASmolVLMForConditionalGeneration`] in eval mode.
@@ -71,7 +71,7 @@ class MethodInputs:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """B, and the number of tiles of the sample that has most."""
+        """B, and the largest number of tiles in a sample."""
         samples = len(self.layout.tile_of_position)
         return samples, int(torch.bincount(self.layout.tile_sample, minlength=samples).max())
 
@@ -119,7 +119,7 @@ class Method:
         They take precedence over `inputs` of the same name.
 
         Returns `visual_token_scores` `(B, N)` float32, where N is the largest number of visual tokens in a sample and
-        0 stands beyond a sample's own; for "after_encoder" also `image_hidden_states` `(T, P, D)`.
+        0 pads shorter rows; for "after_encoder" also `image_hidden_states` `(T, P, D)`.
         """
         given = MethodInputs(model, inputs, layout, k, generator)
         scores, options = self.score(given), {}

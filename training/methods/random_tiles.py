@@ -1,6 +1,6 @@
-"""Random tiles: the glance and whole tiles at random, the control of what choosing *tiles* is worth.
+"""Random tiles: the glance and whole tiles at random, the control that shows what choosing *tiles* is worth.
 
-Unlike `random`, it never loses the overview. A budget smaller than one tile keeps the first tokens of the glance, one
+Unlike `random`, it never loses the overview. A budget smaller than one tile keeps the first tokens of the glance; one
 that ends inside a tile keeps the first tokens of that tile.
 """
 

@@ -1,4 +1,4 @@
-"""Training the tiny dense SmolVLM on cards in three steps, similar to a real one.
+"""Training of the tiny dense SmolVLM on cards, in three steps similar to those of a real one.
 
 1. The language model learns to answer from words: visual tokens are replaced by the words for what they show.
 2. The vision tower learns to name the contents of single tiles and thumbnails: its visual tokens are pulled towards
@@ -191,7 +191,7 @@ def exact_match_by_family(dataset: Cards):
 
 
 def train_dense(model, processor, args: TrainingArguments, stand_in: StandInArguments):
-    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; continues an interrupted training.
+    """Train `model` (a dense Idefics3 or SmolVLM) on cards and return it; resumes an interrupted run.
 
     Raises ValueError if the stages of `stand_in` cannot be parsed, see `parse_stages`.
     """
@@ -226,7 +226,7 @@ def train_dense(model, processor, args: TrainingArguments, stand_in: StandInArgu
 
 
 def train_on_questions(model, processor, args, train):
-    """Train all of `model` on questions about real images and return it; continues an interrupted training."""
+    """Train all of `model` on questions about real images and return it; resumes an interrupted run."""
     trainer = Trainer(model, args, QuestionCollator(processor), train)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer.model

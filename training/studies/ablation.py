@@ -2,8 +2,8 @@
 
     python training/studies/ablation.py --max_steps 100
 
-Takes about an hour and a half on two cores. Trained models are kept: a stopped run resumes where it was, and several
-processes with the same arguments share the work. Further arguments are those of `training/run_qgsa.py`.
+Takes about an hour and a half on two cores. Trained models are kept: a stopped run resumes where it left off, and
+several processes with the same arguments share the work. Further arguments are those of `training/run_qgsa.py`.
 Writes `ablation_cards.json` (one row per variant, with the rows of its seeds) and prints the table.
 """
 
@@ -76,7 +76,7 @@ def mean_row(rows: list[dict], differences: np.ndarray) -> dict:
     """The row of a variant from those of its seeds.
 
     Args:
-        differences: `(seeds, n)`, grades minus those of dense; the interval is over questions, of the mean of seeds.
+        differences: `(seeds, n)`, grades minus those of dense; the interval is over questions, for the mean of seeds.
     """
     row = {
         name: float(np.mean([each[name] for each in rows]))

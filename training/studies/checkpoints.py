@@ -26,7 +26,7 @@ def base_model_of(model: str, base_model: str | None = None) -> str:
     path = Path(model) / "run.json"
     recorded = json.loads(path.read_text()).get("base_model") if path.is_file() else None
     if recorded is None:
-        raise ValueError(f"base_model (None): {path} does not name it, give the dense checkpoint with --base_model")
+        raise ValueError(f"base_model (None): {path} does not name it; give the dense checkpoint with --base_model")
     return recorded
 
 

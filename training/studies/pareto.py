@@ -4,7 +4,7 @@
 
 All systems that prune share the text model of one checkpoint, trained to read few tokens; the comparison is about the
 tokens that they keep. Tiles are encoded once for all systems, so seconds mean nothing here (`training/benchmark.py`
-times); FLOPs are counted with every system on its own. Writes `pareto_cards.json`, the table and a plot.
+measures time); FLOPs are counted with every system on its own. Writes `pareto_cards.json`, the table and a plot.
 """
 
 from dataclasses import dataclass, field

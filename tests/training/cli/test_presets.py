@@ -97,7 +97,7 @@ def test_every_preset_is_understood(name):
     preset, model, data, selection, evaluation, features, args = parse("--preset", name)
     assert preset == name
     assert model.base_model and features.clip_model
-    assert (data.eval_split == "validation") == (data.dataset == "aokvqa"), "test but where it is not published"
+    assert (data.eval_split == "validation") == (data.dataset == "aokvqa"), "test unless its answers are not published"
     assert data.dataset in DATASETS
     assert args.output_dir.startswith("outputs/")
     assert 0 < selection.min_visual_tokens <= selection.max_visual_tokens

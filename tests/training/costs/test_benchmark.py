@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_image):
-    """Results of one run of everything, and the images it asked about."""
+    """Results of one run of all systems, and the images it asked about."""
     folder = tmp_path_factory.mktemp("speed")
     (folder / "images").mkdir()
     for seed, size in enumerate([(256, 200), (100, 60)]):

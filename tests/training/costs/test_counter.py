@@ -1,4 +1,4 @@
-"""FLOPs of an answer by part, as they stand in result rows."""
+"""FLOPs of an answer by part, as reported in result rows."""
 
 import pytest
 

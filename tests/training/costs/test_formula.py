@@ -1,4 +1,4 @@
-"""What torch counts is what the formula says, to 0.1 %."""
+"""The formula agrees with torch's count to within 0.1 %."""
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def test_answers_are_those_of_generate_whatever_the_batch(model, processor, ques
     (beside, answers), samples = answer([random, System("qgsa", model)], questions, processor, 3, 4)
     assert [sample["question"] for sample in samples] == [questions[index]["question"] for index in range(8)]
     assert beside.predictions == answer([random], questions, processor, 3, 4)[0][0].predictions, (
-        "company changes nothing"
+        "other systems in the run change nothing"
     )
     for name in ("predictions", "visual_tokens", "tiles", "relevance", "kept", "seconds"):
         assert len(getattr(answers, name)) == 8

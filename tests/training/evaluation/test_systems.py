@@ -36,7 +36,7 @@ def test_systems_are_chosen_by_name_in_the_order_of_the_table():
 @pytest.mark.parametrize(
     "names, complaint",
     [
-        (["dense", "qgsa", "magic"], r"systems \(magic\): unknown, choose from dense, .*, vispruner"),
+        (["dense", "qgsa", "magic"], r"systems \(magic\): unknown; choose from dense, .*, vispruner"),
         (["dense", "random"], r"systems \(dense, random\): must include dense and qgsa"),
     ],
 )

@@ -31,7 +31,7 @@ shipped = pytest.mark.skipif(
 
 
 class Memory(dict):
-    """A store that counts."""
+    """A store that counts what it is given."""
 
     puts = 0
 
@@ -208,7 +208,7 @@ def test_shipped_clip_is_small_and_points_above_chance(alignment):
 
 
 def test_patch_word_loss_by_hand():
-    # Similarities 0 and log 2 at temperature 1/2 are a teacher of 1/5 and 4/5; a row without spread has no say.
+    # Similarities 0 and log 2 at temperature 1/2 are a teacher of 1/5 and 4/5; a row without spread is ignored.
     relevance = torch.tensor([[0.25, 0.75], [0.01, 0.99]]).log()
     similarity = torch.tensor([[1.0, 2.0], [1.0, 1.0]]).log()
     expected = -(0.2 * np.log(0.25) + 0.8 * np.log(0.75))

@@ -12,7 +12,7 @@ INF = float("inf")
 
 
 def make_layout(*tiles):
-    """The layout of one image a sample; `tiles` says how many high-resolution tiles each has, in one row."""
+    """The layout of one image per sample; `tiles` says how many high-resolution tiles each has, in one row."""
     numbers = [(image, column) for image, count in enumerate(tiles) for column in (*range(count), -1)]
     image, column = torch.tensor(numbers).T
     slot = torch.tensor([slot for count in tiles for slot in range(count + 1)])

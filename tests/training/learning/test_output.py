@@ -1,4 +1,4 @@
-"""The output folder: one run at a time, and never another one's."""
+"""The output folder: used by one run at a time, and never by a different one."""
 
 import json
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from training.learning.training_arguments import LossArguments, QGSATrainingArgu
 
 WANTED = {"seed": 1, "dataset": "cards"}
 
-# `run.json` of the demo as earlier versions wrote it, with the options of the stand-in beside those of run_qgsa.py.
+# `run.json` of the demo as earlier versions wrote it, with the options of the stand-in next to those of run_qgsa.py.
 FORMER_RUN = {
     "base_model": "hub_cards/tiny-dense",
     "longest_edge": 256,
@@ -75,9 +75,9 @@ def test_a_run_may_go_on_in_its_folder(tmp_path):
 def test_the_folder_of_another_run_is_refused_and_left_as_it_is(other, tmp_path):
     with claimed(tmp_path, WANTED):
         (tmp_path / "results.json").write_text("figures")
-    with pytest.raises(ValueError, match="belongs to a run with (seed 1, this one has 2|dataset|form)"):
+    with pytest.raises(ValueError, match="belongs to a run with (seed 1, but this run has 2|dataset|form)"):
         with claimed(tmp_path, other):
-            raise AssertionError("it may not come so far")
+            raise AssertionError("this must not be reached")
     assert (tmp_path / "results.json").read_text() == "figures"
     assert json.loads((tmp_path / "run.json").read_text()) == WANTED
 
@@ -86,7 +86,7 @@ def test_two_runs_at_once(tmp_path):
     with claimed(tmp_path, WANTED):
         with pytest.raises(ValueError, match=r"output_dir \(.*\): another run is writing to it"):
             with claimed(tmp_path, WANTED):
-                raise AssertionError("it may not come so far")
+                raise AssertionError("this must not be reached")
         with claimed(tmp_path, WANTED, main_process=False):  # another process of the same run
             pass
     with claimed(tmp_path, WANTED):
@@ -147,7 +147,7 @@ def test_a_different_run_of_an_earlier_version_is_refused(change, demo, tmp_path
     (tmp_path / "run.json").write_text(json.dumps(FORMER_RUN))
     with pytest.raises(ValueError, match=f"belongs to a run with {next(iter(change))}"):
         with claimed(tmp_path, demo(**change), former=field_names(StandInArguments)):
-            raise AssertionError("it may not come so far")
+            raise AssertionError("this must not be reached")
     assert json.loads((tmp_path / "run.json").read_text()) == FORMER_RUN
 
 

@@ -47,7 +47,7 @@ def run(command, tmp_path):
 
 
 def results(output):
-    """The rows of a run's results, without what a clock says."""
+    """The rows of a run's results, without the times."""
     rows = json.loads((output / "results.json").read_text())["rows"]
     clocked = ("seconds_median", "speedup_vs_dense")
     return [{name: value for name, value in row.items() if name not in clocked} for row in rows]
@@ -115,7 +115,7 @@ def test_a_folder_of_another_run_is_left_as_it_is(tmp_path):
         timeout=300,
     )
     assert other.returncode != 0
-    assert "belongs to a run with max_tiles 8, this one has 2" in other.stderr
+    assert "belongs to a run with max_tiles 8, but this run has 2" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     text = run(command(tmp_path / "run", sys.executable, **arguments, task="evaluate", test_size=4), tmp_path)
     assert "| qgsa |" in text

@@ -1,4 +1,4 @@
-"""The trainer: what it changes and what it leaves, what it refuses, and that a stopped run goes on as if unbroken."""
+"""The trainer: what it changes, leaves and refuses, and that a stopped run resumes as if never interrupted."""
 
 from types import SimpleNamespace
 
@@ -19,14 +19,14 @@ from training.learning.trainer import QGSATrainer
 from training.learning.training_arguments import QGSATrainingArguments
 
 
-# peft asks models by a name that transformers gave up.
+# peft reads an attribute that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 OWN = ("selector.", "complexity_estimator.")
 
 
 class Stop(TrainerCallback):
-    """Stops a run after some steps, as if it had been broken off behind a checkpoint."""
+    """Stops a run after some steps, as if it had been interrupted after a checkpoint."""
 
     def __init__(self, step):
         self.step = step
@@ -205,7 +205,7 @@ def test_a_batch_without_an_image_has_the_answer_loss_only(make_trainer, process
 
 
 def test_the_estimator_has_a_gradient_before_it_is_taught(make_trainer):
-    """DDP waits for one of every weight that was used."""
+    """DDP waits for a gradient of every weight in use."""
     trainer = make_trainer(max_steps=1, complexity_weight=0.0)
     gradients = {}
     for name, weight in trainer.model.named_parameters():
@@ -327,7 +327,7 @@ def test_features_from_a_cache_train_as_encoded_ones_do(make_trainer, processor,
                 assert three[name] == pytest.approx(one[name], abs=2e-3)
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize("target", [7.0, 33.0])

@@ -181,7 +181,7 @@ def test_a_few_steps_of_all_three(make_dense, processor, tmp_path, capsys):
 
 
 def test_a_stopped_run_goes_on_where_it_was(make_dense, processor, tmp_path):
-    """Steps that were finished are loaded, not trained again; the result is that of the unbroken run."""
+    """Steps that were finished are loaded, not trained again; the result is that of the uninterrupted run."""
 
     def run(folder, pictures):
         torch.manual_seed(0)

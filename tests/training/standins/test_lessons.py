@@ -117,7 +117,7 @@ def test_thumbnails_are_one_tile(processor):
 
 
 def test_words_are_written_as_the_processor_writes_pictures(processor):
-    """But for one visual token a tile instead of sixteen."""
+    """Except for one visual token per tile instead of sixteen."""
     for split in (True, False):
         lesson = with_split(split, [(2, 3)])[0]
         drawn, words = LessonCollator(processor)([lesson]), WordCollator(processor)([lesson])

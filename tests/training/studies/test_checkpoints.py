@@ -20,7 +20,7 @@ def test_the_dense_checkpoint_is_given_or_recorded(tmp_path):
     assert base_model_of(str(tmp_path), "another/base") == "another/base"
     for run in ("{}", None):
         (tmp_path / "run.json").write_text(run) if run else (tmp_path / "run.json").unlink()
-        with pytest.raises(ValueError, match=r"base_model \(None\): .*run.json does not name it, .* --base_model"):
+        with pytest.raises(ValueError, match=r"base_model \(None\): .*run.json does not name it; .* --base_model"):
             base_model_of(str(tmp_path))
 
 
@@ -29,7 +29,7 @@ ERRORS = [
     (["--model", "./nowhere", "--base_model", "hub_cards/tiny-dense"], "nowhere is neither a local folder"),
     (
         ["--checkpoint", "hub_cards/tiny-qgsa", "--base_model", "hub_cards/tiny-dense", "--split", "dev"],
-        "split is 'dev'",
+        "split ('dev'): choose from",
     ),
 ]
 

@@ -22,8 +22,8 @@ Args:
 
 Returns a dict; shares are from 0 to 1, or None without rows:
     loyalty: share of the rows with the same answer, ignoring case and whitespace.
-    loyalty_where_right: the same share of the rows that dense answers right.
-    loyalty_where_wrong: the same share of the rows that dense answers wrong.
+    loyalty_where_right: the same share among the rows that dense answers right.
+    loyalty_where_wrong: the same share among the rows that dense answers wrong.
     n_fixed: number of rows that dense answers wrong and the system right.
     n_broken: number of rows that dense answers right and the system wrong.
     n, n_dense_right, n_dense_wrong: number of rows of each kind.

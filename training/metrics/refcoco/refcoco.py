@@ -10,7 +10,7 @@ import evaluate
 import numpy as np
 
 
-MIN_IOU = 0.5  # of a predicted box that counts as correct
+MIN_IOU = 0.5  # from which on a predicted box counts as correct
 
 _DESCRIPTION = """\
 RefCOCO metric for referring expressions: the predicted box against the correct one, and how much of the correct box
