@@ -21,14 +21,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .compat_qgsa import advance_positions, use_v5_patch_positions
-from .configuration_qgsa import QGSAConfig
+from .configuration_qgsa import LimitKwargs, QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .relaxation_qgsa import Relaxation, gated_attention_mask
-from .request_qgsa import BaseModelKwargs, QGSAKwargs, Request, RequestKwargs, VisualInputs
+from .request_qgsa import STOCK_NAMES, BaseModelKwargs, Request, VisualInputs
 from .selection_qgsa import (
     QGSASelection,
     choose_tokens,
@@ -176,11 +176,14 @@ class QGSASmolVLMModel(SmolVLMModel):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        pixel_attention_mask=None,
         **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        rest: dict[str, Any] = {**given, **kwargs}
+        text = (input_ids, attention_mask, position_ids, inputs_embeds)
+        rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
         request = Request.take(self.config, rest)
         if not request.selects:
             stock = request.stock
@@ -245,9 +248,14 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         pixel_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
-        selection: str | None = None,
+        visual_token_scores: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
+        lazy_tiles=None,
+        visual_cache=None,
+        gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[QGSAKwargs],
+        selection: str | None = None,
+        **kwargs: Unpack[LimitKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
 
@@ -274,11 +282,16 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             attention_mask,
             position_ids,
             past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
+            inputs_embeds,
+            pixel_values,
+            pixel_attention_mask,
             labels=labels,
             question_mask=question_mask,
+            visual_token_scores=visual_token_scores,
+            image_hidden_states=image_hidden_states,
+            lazy_tiles=lazy_tiles,
+            visual_cache=visual_cache,
+            gumbel_temperature=gumbel_temperature,
             selection=selection,
             **kwargs,
         )
@@ -293,16 +306,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return QGSACausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            selection=outputs.selection,
-            glance=outputs.glance if self.training else None,
-        )
+        glance = outputs.glance if self.training else None
+        return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits, glance=glance)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -332,16 +337,16 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         return self
 
     @torch.no_grad()
-    def select(self, **kwargs: Unpack[RequestKwargs]) -> QGSASelection:
+    def select(self, input_ids=None, pixel_values=None, **kwargs) -> QGSASelection:
         """Select without answering; arguments as in `forward`.
 
         Raises ValueError as `forward` does, and if there is nothing to select ("dense" keeps everything, or there are
         no images); TypeError for an unknown argument.
         """
-        rest: dict[str, Any] = {**kwargs}
-        request = Request.take(self.config, rest)
-        if rest:
-            raise TypeError(f"select() got unexpected arguments: {', '.join(rest)}")
+        kwargs |= {"input_ids": input_ids, "pixel_values": pixel_values}
+        request = Request.take(self.config, kwargs)
+        if kwargs:
+            raise TypeError(f"select() got unexpected arguments: {', '.join(kwargs)}")
         request.check_selects()
         return self.model.prefill(request).selection
 
@@ -355,7 +360,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         Raises ValueError as `forward` does, for image placeholders without an image, and, except for "dense", for
         decoding methods that read the whole prompt again (assisted, prompt lookup, prefill in chunks).
         """
-        kwargs["input_ids"] = inputs if input_ids is None else input_ids
+        kwargs |= {"input_ids": inputs if input_ids is None else input_ids, "labels": None}  # as stock: no labels
         request = Request.take(self.config, kwargs)
         if not request.selects:
             return self._generate_dense(request, kwargs)

@@ -31,6 +31,12 @@ class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
     selection: QGSASelection | None = None
     glance: Glance | None = None
 
+    @classmethod
+    def of(cls, outputs: QGSABaseModelOutputWithPast, **fields) -> "QGSACausalLMOutputWithPast":
+        """The outputs of the base model without its last hidden state, and `fields`."""
+        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return cls(**{**shared, **fields})
+
 
 @dataclass(frozen=True)
 class Prefill:

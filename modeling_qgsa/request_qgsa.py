@@ -11,24 +11,16 @@ from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
 
 
-class QGSAKwargs(LimitKwargs, total=False):
-    """Keyword arguments that `forward` takes in addition to the named ones; see its docstring."""
+class BaseModelKwargs(LimitKwargs, total=False):
+    """Keyword arguments of `forward` that the base model does not name itself."""
 
+    labels: torch.Tensor | None
+    question_mask: torch.Tensor | None
+    visual_token_scores: torch.Tensor | None
     image_hidden_states: torch.Tensor | None
     lazy_tiles: Any
     visual_cache: Any
-    visual_token_scores: torch.Tensor | None
     gumbel_temperature: float | None
-
-
-class BaseModelKwargs(QGSAKwargs, total=False):
-    """Keyword arguments of the base model, whose `forward` names only the prompt."""
-
-    inputs_embeds: torch.Tensor | None
-    pixel_values: torch.Tensor | None
-    pixel_attention_mask: torch.Tensor | None
-    labels: torch.Tensor | None
-    question_mask: torch.Tensor | None
     selection: str | None
 
 
@@ -38,6 +30,9 @@ class RequestKwargs(BaseModelKwargs, total=False):
     input_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None
+    pixel_values: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None
 
 
 REQUEST_NAMES = list(RequestKwargs.__annotations__)

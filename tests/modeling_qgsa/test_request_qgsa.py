@@ -1,5 +1,6 @@
 """One request per call: what it takes, what it leaves, and when there is something to select."""
 
+import inspect
 from dataclasses import fields
 
 import pytest
@@ -50,3 +51,30 @@ def test_unknown_arguments_of_select_are_named(model, batch):
 def test_there_is_nothing_to_select_without_images(model, prepare):
     with pytest.raises(ValueError, match="pixel_values is missing"):
         model.select(**prepare(("how many cards are there?", [])))
+
+
+def test_upstream_finds_every_input_in_the_signature(model):
+    """Trainer drops the columns of a data set that `forward` does not name, and `generate` refuses such arguments."""
+    limits = {"min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles"}
+    assert set(REQUEST_NAMES) - limits <= set(inspect.signature(model.forward).parameters)
+    assert set(STOCK_NAMES) <= set(inspect.signature(model.model.forward).parameters)
+
+
+def test_the_first_arguments_can_be_given_by_position(model, single):
+    pixels = single["pixel_values"]
+    rest = {name: single[name] for name in ("pixel_attention_mask", "attention_mask", "question_mask")}
+    expected = model.select(**single)
+    assert torch.equal(model.select(single["input_ids"], pixels, **rest).kept_tokens, expected.kept_tokens)
+    mask, question = single["attention_mask"], single["question_mask"]
+    with torch.no_grad():
+        named = model.model(**single).last_hidden_state
+        places = (single["input_ids"], mask, None, None, None, pixels, single["pixel_attention_mask"])
+        assert torch.equal(model.model(*places, question_mask=question).last_hidden_state, named)
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "dense"])
+def test_labels_change_nothing_in_generate(selection, model, single):
+    """As in stock: an evaluation loop passes the whole batch."""
+    expected = model.generate(**single, selection=selection, max_new_tokens=3)
+    labels = single["input_ids"].clone()
+    assert torch.equal(model.generate(**single, labels=labels, selection=selection, max_new_tokens=3), expected)
