@@ -20,7 +20,7 @@ from transformers import Idefics3Processor
 from modeling_qgsa import QGSAProcessor
 from training.cli.arguments import check_source, errors_in_one_line, parse
 from training.costs.speed_report import write_speed
-from training.costs.systems import SYSTEMS, build_models, check_checkpoint, check_systems
+from training.costs.systems import SYSTEMS, build_models, check_checkpoint, present_systems
 from training.costs.timing import Runner, Workload, add_overhead, measure, pick_images
 from training.costs.tuning import tune
 
@@ -90,7 +90,7 @@ def benchmark(run: BenchmarkArguments) -> str:
 
     Raises ValueError or OSError, before anything is timed, for arguments that cannot be used.
     """
-    check_systems(run.systems)
+    run.systems = present_systems(run.systems)
     if run.model:
         check_checkpoint(run.model)
     base_model = base_model_of(run)

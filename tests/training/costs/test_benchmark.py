@@ -13,7 +13,7 @@ from training.benchmark import RENAMED, BenchmarkArguments, base_model_of, main
 from training.cli.arguments import parse
 from training.costs.meter import PARTS
 from training.costs.speed_report import add_speedups, format_first_table, format_headline, format_speed
-from training.costs.systems import SYSTEMS, build_models
+from training.costs.systems import SYSTEMS, build_models, present_systems
 from training.costs.timing import Runner, Workload, pick_images
 
 
@@ -117,6 +117,11 @@ def test_the_script_itself_ends_in_one_line():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "error: systems (magic): unknown; choose from dense, " in run.stderr
+
+
+def test_a_former_system_name_works_with_a_warning(capsys):
+    assert present_systems(["dense", "dense-tuned"]) == ["dense", "dense-fast"]
+    assert "dense-tuned is now called dense-fast" in capsys.readouterr().err
 
 
 def test_former_option_names_still_work(monkeypatch, capsys):
