@@ -109,7 +109,9 @@ def export(run: ExportArguments):
     output = Path(run.output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output_dir ({output}) must be empty or not exist: choose another folder")
-    check_source(run.model)
+    for source in (run.model, run.processor):
+        if source:
+            check_source(source)
     made_from = dense_base_of(run.model)
     files = processor_files(run.processor or made_from)
     model = load(run)

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from transformers import set_seed
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
-from training.cli.arguments import errors_in_one_line
+from training.cli.arguments import end_with_error, errors_in_one_line
 from training.cli.groups import (
     EvaluationArguments,
     FeatureArguments,
@@ -67,6 +67,9 @@ class TaskArguments:
 
 def parse(arguments: list[str]) -> tuple:
     """The preset's name and the groups of a command line, see `parse_arguments`."""
+    for name in field_names(StandInArguments):
+        if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
+            end_with_error(f"option --{name} belongs to another script: run_stand_in.py")
     kinds, shown = (TaskArguments, *GROUPS, QGSATrainingArguments), (TaskArguments, *GROUPS, LossArguments)
     return parse_arguments(arguments, __doc__, kinds, shown)
 
@@ -86,8 +89,8 @@ def run(
 
     The task `evaluate` takes the trained model from the output folder instead.
     """
-    dense, processor = load_base(model)
     train, test = load_data(data, args.seed)
+    dense, processor = load_base(model)
     if model.random_weights:
         test = Subset(test, range(min(SMOKE_QUESTIONS, len(test))))
     if task == "evaluate":
@@ -114,7 +117,8 @@ def main():
         if args.resume_from_checkpoint is None:
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)
-        choose_systems(evaluation.systems, None, None)  # a wrong name is found before anything is trained
+        chosen = choose_systems(evaluation.systems, None, None)  # a wrong name is found before anything is trained
+        evaluation.systems = [system.name for system in chosen]
         check_training(selection, features)
         wanted = identity([model, data, selection, features], args)
         former = field_names(StandInArguments)

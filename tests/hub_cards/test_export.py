@@ -126,6 +126,7 @@ def test_a_folder_with_files_is_left_untouched(tmp_path):
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--model", TINY, "--format", "gguf"], r"format \('gguf'\)"),
         (["--model", TINY, "--processor", ROOT / "hub_cards" / "results"], "no tokenizer_config.json"),
+        (["--model", TINY, "--processor", "no/such/folder"], "no/such/folder is neither a local folder nor a Hub id"),
         (["--model", TINY, "--results", "no.json"], "no.json"),
     ],
 )

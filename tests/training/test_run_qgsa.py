@@ -100,7 +100,8 @@ MISTAKES = [
     (["--preset", "dmeo"], "unknown preset 'dmeo': choose from aokvqa_256m"),
     (["--preset", "tiny_dense"], "preset 'tiny_dense' belongs to another script: run_stand_in.py"),
     (["--max_stepz", "2"], "unknown option --max_stepz: did you mean --max_steps?"),
-    (["--words", "2x2:16"], "unknown option --words"),
+    (["--words", "2x2:16"], "option --words belongs to another script: run_stand_in.py"),
+    (["--longest_edge=512"], "option --longest_edge belongs to another script: run_stand_in.py"),
     (["--max_tiles", "many"], "--max_tiles"),
     (["--task", "x"], "task ('x'): choose from train, evaluate"),
     (["--task", "dense"], "task ('dense'): now a script of its own. Use python training/run_stand_in.py"),
@@ -114,6 +115,7 @@ MISTAKES = [
     (["--max_tiles", "-1"], "max_tiles"),
     (["--quantization", "2bit"], "quantization ('2bit'): choose from none, 4bit, 8bit"),
     (["--lora_targets", "nothing"], "lora_targets ('nothing'): it must match at least one of the model's"),
+    (["--lora_targets", "(q_proj"], "lora_targets ('(q_proj'): not a regular expression, missing )"),
     (["--patch_word_weight", "1", "--clip_model", ""], "clip_model (None): patch_word_weight needs one"),
     (["--warmup_steps", "-3"], "warmup_steps"),
 ]

@@ -66,12 +66,13 @@ def use_present_names(arguments: list[str], renamed: dict[str, str]) -> list[str
     present = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name in renamed:
+        former = "--" + name.removeprefix("--").replace("-", "_")  # argparse accepts both spellings
+        if name.startswith("--") and former in renamed:
+            said, name = name, renamed[former]
             print(
-                f"warning: {name} is now called {renamed[name]}; the former name will be removed in the next version",
+                f"warning: {said} is now called {name}; the former name will be removed in the next version",
                 file=sys.stderr,
             )
-            name = renamed[name]
         present.append(name + equals + value)
     return present
 

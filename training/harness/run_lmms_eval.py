@@ -8,12 +8,22 @@ All options are those of `python -m lmms_eval`; so are its tasks, as long as the
 `accelerate launch training/harness/run_lmms_eval.py ...`.
 """
 
-from lmms_eval.__main__ import cli_evaluate
-from lmms_eval.models import MODEL_REGISTRY_V2
+from importlib.util import find_spec
 
-from training.harness.lmms_model import MANIFEST
+from training.cli.arguments import end_with_error
+
+
+def main():
+    if find_spec("lmms_eval") is None:
+        end_with_error("lmms-eval is not installed: pip install -e '.[train,harness]'")
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+
+    from training.harness.lmms_model import MANIFEST
+
+    MODEL_REGISTRY_V2.register_manifest(MANIFEST)
+    cli_evaluate()
 
 
 if __name__ == "__main__":
-    MODEL_REGISTRY_V2.register_manifest(MANIFEST)
-    cli_evaluate()
+    main()

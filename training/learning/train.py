@@ -124,10 +124,14 @@ def add_adapters(qgsa, rank: int, targets: str):
         rank: rank of the adapters; 0 adds none.
         targets: regular expression for the full names of the modules that get adapters.
 
-    Raises ValueError if `targets` matches no module.
+    Raises ValueError if `targets` is not a regular expression or matches no module.
     """
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"lora_targets ({targets!r}): not a regular expression, {error}") from error
     names = [name for name, _ in qgsa.named_modules()]
-    if rank and not any(re.fullmatch(targets, name) for name in names):
+    if rank and not any(pattern.fullmatch(name) for name in names):
         raise ValueError(f"lora_targets ({targets!r}): it must match at least one of the model's {len(names)} modules")
     if rank:
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=list(TRAINED))

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm, trange
 from transformers import PreTrainedTokenizerFast
 
-from training.cli.arguments import parse
+from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import TILE, Card, Cards, make_scene, render
 from training.learning.clip_alignment import NEUTRAL, WORD, PatchWordAlignment, clip_pixels
 from training.standins.tiny import build_tokenizer
@@ -145,8 +145,8 @@ class TinyClipArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, canvases and captions."})
 
 
-def main():
-    args = parse(TinyClipArguments, __doc__)
+def build(args: TinyClipArguments):
+    """Train a CLIP, write its folder, and print how often it points at the card in question."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_clip_tokenizer()
@@ -161,6 +161,11 @@ def main():
 
     share = pointing(PatchWordAlignment(name, None, side=4), questions=300)
     tqdm.write(f"pointing on validation: {share:.3f} of 300 questions (chance 0.0625)")
+
+
+def main():
+    with errors_in_one_line():
+        build(parse(TinyClipArguments, __doc__))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ class Options:
 
 
 def test_former_names_work_with_a_warning(monkeypatch, capsys):
-    for former in (["--tiles", "3"], ["--tiles=3"]):
+    for former in (["--most_tiles", "3"], ["--most_tiles=3"], ["--most-tiles", "3"]):
         monkeypatch.setattr(sys, "argv", ["script.py", *former])
-        assert parse(Options, "", renamed={"--tiles": "--max_tiles"}).max_tiles == 3
-        assert "warning: --tiles is now called --max_tiles" in capsys.readouterr().err
+        assert parse(Options, "", renamed={"--most_tiles": "--max_tiles"}).max_tiles == 3
+        name = former[0].partition("=")[0]
+        assert f"warning: {name} is now called --max_tiles" in capsys.readouterr().err
 
 
 def test_help_shows_one_name_and_the_default_of_each_option(monkeypatch, capsys):

@@ -243,6 +243,14 @@ def test_the_image_reaches_the_model_through_lm_eval(lm_eval_run):
     assert seen > 0.75 and blank < seen - 0.4
 
 
+@pytest.mark.skipif(find_spec("lmms_eval") is not None, reason="lmms_eval is installed")
+def test_without_lmms_eval_its_script_says_how_to_install_it(environment):
+    command = [sys.executable, str(TASKS / "run_lmms_eval.py"), "--tasks", "qgsa_cards"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: lmms-eval is not installed: pip install -e '.[train,harness]'"
+
+
 @pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms_eval is not installed: pip install -e '.[harness]'")
 def test_lmms_eval_grades_as_we_do(environment, folders, tmp_path):
     names = [name for name in DATASETS if name != "vqa_rad" or REAL.is_dir()]
