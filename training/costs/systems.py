@@ -54,14 +54,19 @@ SYSTEMS = {
 FORMER_NAMES = {"dense-tuned": "dense-fast"}
 
 
+def present_names(names: list[str], former: dict[str, str]) -> list[str]:
+    """The present names of systems, given the `former` ones, which still work, with a warning on stderr."""
+    for name in sorted(former.keys() & set(names)):
+        print(f"warning: system {name} is now called {former[name]}", file=sys.stderr)
+    return [former.get(name, name) for name in names]
+
+
 def present_systems(names: list[str]) -> list[str]:
-    """The present names of these systems. Former names still work, with a warning on stderr.
+    """The present names of these systems, see `present_names`.
 
     Raises ValueError if a name is not in `SYSTEMS`.
     """
-    for name in sorted(FORMER_NAMES.keys() & set(names)):
-        print(f"warning: system {name} is now called {FORMER_NAMES[name]}", file=sys.stderr)
-    present = [FORMER_NAMES.get(name, name) for name in names]
+    present = present_names(names, FORMER_NAMES)
     unknown = [name for name in present if name not in SYSTEMS]
     if unknown:
         raise ValueError(f"systems ({', '.join(unknown)}): unknown; choose from {', '.join(SYSTEMS)}")
@@ -94,7 +99,7 @@ def build_models(
         tokenizer: tokenizer of `base_model`.
     """
     models = {}
-    for name in {SYSTEMS[system].model for system in systems}:
+    for name in dict.fromkeys(SYSTEMS[system].model for system in systems):  # one order in every run
         if model is not None:
             built = QGSASmolVLMForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
         else:

@@ -1,9 +1,9 @@
 """The systems of a table: dense, the controls, question-guided selection, and every method of the list."""
 
-import sys
 from dataclasses import dataclass, field
 
 from modeling_qgsa.configuration_qgsa import Budget
+from training.costs.systems import present_names
 from training.methods import METHODS
 from training.methods.method import Method
 
@@ -70,9 +70,7 @@ def choose_systems(names: list[str], dense, finetuned) -> list[System]:
 
     Raises ValueError for an unknown name, and if dense or qgsa is missing, which every report compares.
     """
-    for name in FORMER_NAMES.keys() & set(names):
-        print(f"warning: system {name} is now called {FORMER_NAMES[name]}", file=sys.stderr)
-    wanted = {FORMER_NAMES.get(name, name) for name in names}
+    wanted = set(present_names(names, FORMER_NAMES))
     systems = {system.name: system for system in standard_systems(dense, finetuned)}
     if wanted - set(systems):
         unknown = ", ".join(sorted(wanted - set(systems)))
