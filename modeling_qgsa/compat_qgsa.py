@@ -120,6 +120,34 @@ def tile_features(outputs) -> torch.Tensor:
     return outputs if torch.is_tensor(outputs) else torch.cat(list(outputs.pooler_output))
 
 
+def encoded_images(mm_encoder_outputs):
+    """The encoder's output for images from `mm_encoder_outputs`: a dictionary by modality, or that output itself."""
+    return mm_encoder_outputs["image"] if type(mm_encoder_outputs) is dict else mm_encoder_outputs
+
+
+def continued_inputs(text_inputs: dict[str, torch.Tensor], slots: int) -> dict[str, torch.Tensor]:
+    """Text inputs as `generate` expects them beside a cache with `slots` in use.
+
+    Transformers 5 wants embeddings and positions of what is in the cache too, which it cuts off unread; transformers 4
+    wants to be told the slots of the new ones.
+
+    Args:
+        text_inputs: `inputs_embeds` `(B, L, D)`, `attention_mask` `(B, slots + L)` and `position_ids` `(B, L)`.
+    """
+    names = ("inputs_embeds", "attention_mask", "position_ids")
+    text_inputs = {name: text_inputs[name] for name in names}
+    embeds, positions = text_inputs["inputs_embeds"], text_inputs["position_ids"]
+    if not slots:
+        return text_inputs
+    if TRANSFORMERS_V4:
+        return text_inputs | {"cache_position": torch.arange(embeds.shape[1], device=embeds.device) + slots}
+    padded = {
+        "inputs_embeds": nn.functional.pad(embeds, (0, 0, slots, 0)),
+        "position_ids": nn.functional.pad(positions, (slots, 0)),
+    }
+    return text_inputs | padded
+
+
 def image_processor_options(image_processor) -> set[str]:
     """Names of the options that an Idefics3 image processor accepts per call."""
     known = (

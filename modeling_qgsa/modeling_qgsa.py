@@ -13,6 +13,7 @@ everything to the stock model.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .compat_qgsa import advance_positions, use_v5_patch_positions
-from .configuration_qgsa import LimitKwargs, QGSAConfig
+from .cache_qgsa import Past, drop_seen
+from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
+from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
 from .prompt_qgsa import check_decoding, check_no_placeholders
+from .readout_qgsa import read_out
 from .relaxation_qgsa import Relaxation, gated_attention_mask
-from .request_qgsa import STOCK_NAMES, BaseModelKwargs, Request, VisualInputs
+from .request_qgsa import STOCK_NAMES, BaseModelKwargs, ForwardKwargs, Request, VisualInputs
 from .selection_qgsa import (
     QGSASelection,
     choose_tokens,
@@ -158,6 +161,8 @@ class QGSASmolVLMModel(SmolVLMModel):
         keep = positions_to_keep(prompt.attention_mask, layout, stays)
         (embeds, mask, positions, *log_gates), keep_indices = splice(keep, *spliced)
         mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
+        if request.shown is not None:
+            mask = torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         return Prefill(text_inputs, describe_selection(glance, kept, tiles, keep_indices), glance, features)
 
@@ -168,6 +173,11 @@ class QGSASmolVLMModel(SmolVLMModel):
             return encode(pixel_values, pixel_attention_mask, **kwargs)
         step, dtype = self.config.tiles_per_step, self.text_model.dtype
         return encode_in_steps(encode, pixel_values, pixel_attention_mask, step, dtype)
+
+    def embed_tuned(self, stock: dict[str, Any]) -> dict[str, Any]:
+        """The `stock` inputs as SmolVLM's own forward can take them, even if the encoder was tuned."""
+        encodes = stock["pixel_values"] is not None or "mm_encoder_outputs" in stock
+        return embed_dense(self, stock) if self.is_tuned and encodes else stock
 
     @can_return_tuple
     def forward(
@@ -184,19 +194,18 @@ class QGSASmolVLMModel(SmolVLMModel):
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
         text = (input_ids, attention_mask, position_ids, inputs_embeds)
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
-        request = Request.take(self.config, rest)
+        past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
+        request = Request.take(self.config, rest, past)
         if not request.selects:
-            stock = request.stock
-            if request.budget.selection == "dense" and stock["pixel_values"] is not None and self.is_tuned:
-                stock = embed_dense(self, stock)
+            stock = past.continue_text(self.embed_tuned(request.stock))
             return QGSABaseModelOutputWithPast(**super().forward(**stock, past_key_values=past_key_values, **rest))
         relaxation = None
         if self.training and request.token_scores is None:
-            relaxation = Relaxation(request.gumbel_temperature)
+            relaxation = Relaxation.of(request)
         prefill = self.prefill(request, relaxation)
         outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
-        made = {"image_hidden_states": prefill.features, "selection": prefill.selection, "glance": prefill.glance}
-        return QGSABaseModelOutputWithPast(**{**outputs, **made})
+        past.note(outputs.past_key_values, prefill, input_ids.shape[1])
+        return QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
 
 
 class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
@@ -237,7 +246,7 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         return model.to(dense.device).train(dense.training)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids too
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -250,18 +259,19 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
+        mm_encoder_outputs=None,
         lazy_tiles=None,
         visual_cache=None,
         gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
-        **kwargs: Unpack[LimitKwargs],
+        **kwargs: Unpack[ForwardKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
 
         In training mode the selection is relaxed (every tile is encoded, budgets are random, and a gate acts on the
-        attention keys, see [`Relaxation`]); otherwise it is hard. Logits are those of the kept positions
-        (`selection.keep_indices`, padded on the left), and labels follow them.
+        attention keys, see [`Relaxation`]); otherwise it is hard. Logits stand at the positions of the prompt,
+        `(B, L, V)`, or at `logits_to_keep` of them. Of the labels, those of the kept positions count.
 
         Args (in addition to SmolVLM's):
             question_mask: `(B, L)` bool or int, the tokens of the question; by default the last user turn.
@@ -269,6 +279,9 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
                 selector's. The score of a tile is the highest of its tokens.
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of
                 `pixel_values`; not for "dense".
+            mm_encoder_outputs: the same as an output of `get_image_features`, `{"image": output}`, for every variant.
+            past_key_values: a cache that may hold the conversation so far, with or without a selection. `input_ids`
+                are then its new positions, and `attention_mask`, if given, covers all of it.
             lazy_tiles: returned by the processor with `lazy_tiles=True` next to the pixels of the global views; the
                 other tiles are cut when they are looked at.
             visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
@@ -289,23 +302,16 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
             question_mask=question_mask,
             visual_token_scores=visual_token_scores,
             image_hidden_states=image_hidden_states,
+            mm_encoder_outputs=mm_encoder_outputs,
             lazy_tiles=lazy_tiles,
             visual_cache=visual_cache,
             gumbel_temperature=gumbel_temperature,
             selection=selection,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-
-        loss = None
-        if labels is not None:
-            if outputs.selection is not None:
-                indices = outputs.selection.keep_indices
-                labels = labels.gather(1, indices.clamp(min=0)).masked_fill(indices < 0, -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        shift_labels = kwargs.pop("shift_labels", None)
+        loss_function = partial(self.loss_function, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        logits, loss = read_out(self.lm_head, loss_function, outputs, logits_to_keep, labels, shift_labels)
         glance = outputs.glance if self.training else None
         return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits, glance=glance)
 
@@ -360,21 +366,29 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         Raises ValueError as `forward` does, for image placeholders without an image, and, except for "dense", for
         decoding methods that read the whole prompt again (assisted, prompt lookup, prefill in chunks).
         """
-        kwargs |= {"input_ids": inputs if input_ids is None else input_ids, "labels": None}  # as stock: no labels
-        request = Request.take(self.config, kwargs)
-        if not request.selects:
-            return self._generate_dense(request, kwargs)
+        ids = inputs if input_ids is None else input_ids
+        kwargs |= {"input_ids": ids, "labels": None}  # as stock: no labels
+        cache = kwargs.get("past_key_values")
+        past = Past.of(cache, kwargs.get("inputs_embeds") if ids is None else ids)
+        options = drop_seen(kwargs, past, self.config) if past.slots else dict(kwargs)
+        request = Request.take(self.config, options, past)
+        if not request.selects and not past.length:
+            return self._generate_dense(kwargs)
         check_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
-        prefill = self.model.prefill(request)
-        output = super().generate(  # type: ignore[misc]
-            request.stock["input_ids"], **prefill.text_inputs, **kwargs
-        )
+        prefill = self.model.prefill(request) if request.selects else None
+        text_inputs = prefill.text_inputs if prefill else past.continue_text(embed_dense(self.model, request.stock))
+        options |= continued_inputs(text_inputs, past.slots)
+        output = super().generate(ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
-            output["selection"] = prefill.selection
+            output["selection"] = prefill.selection if prefill else None
+            cache = output.get("past_key_values")
+        if prefill:
+            past.note(cache, prefill, request.stock["input_ids"].shape[1])
         return output
 
-    def _generate_dense(self, request: Request, options: dict[str, Any]):
+    def _generate_dense(self, options: dict[str, Any]):
         """Stock `generate` over stock inputs."""
+        request = Request.take(self.config, options)
         stock = {name: value for name, value in request.stock.items() if value is not None}
         input_ids = stock.pop("input_ids", None)
         continues = options.get("past_key_values") is not None or "inputs_embeds" in stock

@@ -6,6 +6,7 @@ import torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 
 from .pointer_qgsa import Glance
+from .readout_qgsa import columns_of_positions, take_columns
 from .selection_qgsa import QGSASelection
 
 
@@ -14,16 +15,34 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
     """SmolVLM's output with the `selection` and the `glance` behind it (None if nothing was selected).
 
     `image_hidden_states` are the features of the encoded tiles, `(n, P, D)`; with "blocks", 0 where no block was
-    chosen.
+    chosen. Hidden states are those of the positions of the prompt, `(B, L, D)`; at a position that was not kept stand
+    those of the last kept one before it. `attentions` and `past_key_values` hold the kept positions alone.
     """
 
     selection: QGSASelection | None = None
     glance: Glance | None = None
 
+    @classmethod
+    def of(cls, outputs, prefill: "Prefill", length: int) -> "QGSABaseModelOutputWithPast":
+        """The `outputs` of SmolVLM for a `prefill` of a prompt of `length` positions."""
+        columns = columns_of_positions(prefill.keep_indices, length)
+        made = {
+            "last_hidden_state": take_columns(outputs.last_hidden_state, columns),
+            "image_hidden_states": prefill.features,
+            "selection": prefill.selection,
+            "glance": prefill.glance,
+        }
+        if outputs.hidden_states is not None:
+            made["hidden_states"] = tuple(take_columns(each, columns) for each in outputs.hidden_states)
+        return cls(**{**outputs, **made})
+
 
 @dataclass
 class QGSACausalLMOutputWithPast(SmolVLMCausalLMOutputWithPast):
-    """SmolVLM's output with the `selection` behind it; logits are those of `selection.keep_indices`.
+    """SmolVLM's output with the `selection` behind it.
+
+    Logits, like hidden states, are those of the positions of the prompt, `(B, L, V)`: at a position that was not kept
+    stand those of the last kept one before it, what the model expects next there.
 
     In training it also holds the `glance`, whose relevance and complexity logits carry gradients for losses on them.
     """
@@ -46,3 +65,9 @@ class Prefill:
     selection: QGSASelection
     glance: Glance
     features: torch.Tensor  # (n, P, D) of the encoded tiles
+
+    @property
+    def keep_indices(self) -> torch.Tensor:
+        """Kept positions of the prompt, `(B, L')` int64, -1 in the padding on the left."""
+        assert self.selection.keep_indices is not None
+        return self.selection.keep_indices

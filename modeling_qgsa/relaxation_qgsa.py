@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layout_qgsa import VisualLayout
+from .request_qgsa import Request
 from .selection_qgsa import rank_per_image
 
 
@@ -25,6 +26,16 @@ class Relaxation:
     """
 
     temperature: float
+
+    @classmethod
+    def of(cls, request: Request) -> "Relaxation":
+        """The relaxation of a `request`. Raises ValueError if it goes on with a conversation behind a cache."""
+        if request.shown is not None:
+            raise ValueError(
+                f"past_key_values holds {request.shown.shape[1]} positions, but the relaxed selection of training "
+                "cannot continue a conversation: call model.eval()"
+            )
+        return cls(request.gumbel_temperature)
 
     def complexity(self, estimated: torch.Tensor) -> torch.Tensor:
         """Random complexities, `(I,)` in 0 .. 1, that replace the `estimated` ones."""

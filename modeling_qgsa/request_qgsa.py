@@ -5,7 +5,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from transformers.utils import TransformersKwargs
 
+from .cache_qgsa import Past
+from .compat_qgsa import encoded_images, tile_features
 from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
@@ -18,10 +21,17 @@ class BaseModelKwargs(LimitKwargs, total=False):
     question_mask: torch.Tensor | None
     visual_token_scores: torch.Tensor | None
     image_hidden_states: torch.Tensor | None
+    mm_encoder_outputs: Any
     lazy_tiles: Any
     visual_cache: Any
     gumbel_temperature: float | None
     selection: str | None
+
+
+class ForwardKwargs(TransformersKwargs, LimitKwargs, total=False):
+    """Keyword arguments of `forward` that the model with a language head does not name itself."""
+
+    shift_labels: torch.Tensor | None
 
 
 class RequestKwargs(BaseModelKwargs, total=False):
@@ -74,6 +84,16 @@ class VisualInputs:
                 raise ValueError(
                     f'{name}: not available with selection="dense", which encodes pixel_values of all tiles'
                 )
+
+    def with_encoded(self, mm_encoder_outputs: Any, tokens_per_tile: int) -> "VisualInputs":
+        """These inputs with `features` from `mm_encoder_outputs`, which stock's `generate` makes of the pixels.
+
+        Raises ValueError if features or pixels are given besides.
+        """
+        if not self.missing:
+            raise ValueError("mm_encoder_outputs hold the features of all tiles: give no pixel_values with them")
+        features = tile_features(encoded_images(mm_encoder_outputs)).flatten(0, -2)
+        return replace(self, features=features.unflatten(0, (-1, tokens_per_tile)))
 
     def pixels(self, layout: VisualLayout, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pixels `(n, 3, H, W)` and mask (`(n, H, W)` or None) of the tiles chosen by `tiles`, `(T,)` bool."""
@@ -173,6 +193,7 @@ class Request:
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
         question_mask: `(I, L)` bool, the question about each image.
+        shown: `(B, slots)`, attention mask of what the cache holds of the conversation before this prompt.
     """
 
     budget: Budget
@@ -183,16 +204,22 @@ class Request:
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
     question_mask: torch.Tensor | None = None
+    shown: torch.Tensor | None = None
 
     @classmethod
-    def take(cls, config: QGSAConfig, kwargs: dict[str, Any]) -> "Request":
+    def take(cls, config: QGSAConfig, kwargs: dict[str, Any], past: Past | None = None) -> "Request":
         """Take the fields of [`RequestKwargs`] out of `kwargs`; the rest is for the text model or for `generate`.
 
-        With a selection this is step 1: the layout is read, and everything is checked against it. Raises ValueError if
-        the budget is out of range, the inputs do not fit together, an image has no question, or an argument is given
-        that "dense" cannot take; TypeError for an argument of the wrong type.
+        With a selection this is step 1: the layout is read, and everything is checked against it. With a `past`, the
+        prompt is the new part of a conversation, and its `attention_mask` covers all of it.
+
+        Raises ValueError if the budget is out of range, the inputs do not fit together, an image has no question, an
+        argument is given that "dense" cannot take, or one that cannot be selected from; TypeError for an argument of
+        the wrong type.
         """
         given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}
+        outputs = given["mm_encoder_outputs"]
+        encoded = {} if outputs is None or not len(outputs) else {"mm_encoder_outputs": outputs}  # {}: from `generate`
         budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})
         visual = VisualInputs(
             given["pixel_values"],
@@ -203,22 +230,34 @@ class Request:
         )
         if budget.selection == "dense":
             visual.check_dense()
+        elif encoded:
+            visual = visual.with_encoded(**encoded, tokens_per_tile=config.tokens_per_tile)
         temperature = given["gumbel_temperature"]
         request = cls(
             budget=budget,
-            stock={name: given[name] for name in STOCK_NAMES},
+            stock={name: given[name] for name in STOCK_NAMES} | encoded,
             visual=visual,
             token_scores=given["visual_token_scores"],
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
-        if budget.selection == "dense" or visual.missing or given["inputs_embeds"] is not None:
+        if budget.selection == "dense" or visual.missing:
             return request
-        prompt = Prompt.of(given["input_ids"], given["attention_mask"], given["position_ids"], given["labels"])
+        if given["inputs_embeds"] is not None:
+            raise ValueError(
+                f"inputs_embeds with images: {budget.selection!r} reads the layout and the question from input_ids; "
+                'give those instead, or selection="dense"'
+            )
+        shown, mask, positions = None, given["attention_mask"], given["position_ids"]
+        if past is not None and past.slots:
+            check_shape("input_ids", given["input_ids"], (None, None), floating=False)
+            shown, mask = past.split_mask(mask, given["input_ids"].shape[1])
+            positions = past.new_positions(shown, mask) if positions is None else positions
+        prompt = Prompt.of(given["input_ids"], mask, positions, given["labels"])
         prompt.check(config.text_config.vocab_size)
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
         question = read_question(prompt, layout, config.end_of_utterance_token_id, given["question_mask"])
-        return replace(request, prompt=prompt, layout=layout, question_mask=question)
+        return replace(request, prompt=prompt, layout=layout, question_mask=question, shown=shown)
 
     @property
     def selects(self) -> bool:

@@ -1,5 +1,6 @@
 """Images whose tiles are cut on demand, with exactly the pixels of the stock image processor."""
 
+import copy
 import hashlib
 import math
 from functools import cached_property
@@ -73,6 +74,12 @@ class LazyTiles:
     def counts(self) -> list[int]:
         """Number of tiles per sample, global views included."""
         return [len(tiles) for tiles in self.tiles]
+
+    def without_first(self, count: int) -> "LazyTiles":
+        """The tiles of each sample after its first `count`."""
+        rest = copy.copy(self)
+        rest.tiles = [tiles[count:] for tiles in self.tiles]
+        return rest
 
     def cut(self, samples: list[int], ordinals: list[int]) -> torch.Tensor:
         """Pixels of the tiles at `ordinals` within `samples`, `(n, 3, tile, tile)` float32."""

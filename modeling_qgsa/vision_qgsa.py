@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .compat_qgsa import RETURN_OUTPUT, tile_features
+from .compat_qgsa import RETURN_OUTPUT, encoded_images, tile_features
 from .layout_qgsa import VisualLayout
 from .request_qgsa import VisualInputs
 
@@ -95,24 +95,29 @@ def encode_in_steps(
 
 
 def embed_dense(model, stock: dict[str, Any]) -> dict[str, Any]:
-    """The stock inputs with embeddings instead of ids and pixels: SmolVLM's own forward needs one dtype throughout.
+    """The stock inputs with embeddings instead of ids and images: SmolVLM's own forward needs one dtype throughout.
 
     Args:
         model: a [`QGSASmolVLMModel`].
-        stock: keyword arguments of SmolVLM's forward.
+        stock: keyword arguments of SmolVLM's forward, with `pixel_values`, `mm_encoder_outputs` or neither.
 
     Raises ValueError if the number of placeholders in the prompt differs from the number of visual tokens.
     """
     input_ids, pixels, mask = (stock[name] for name in ("input_ids", "pixel_values", "pixel_attention_mask"))
-    features = tile_features(model.get_image_features(pixels, mask, **RETURN_OUTPUT)).flatten(0, -2)
-    visual = input_ids == model.config.image_token_id
+    embeds, visual = model.get_input_embeddings()(input_ids), input_ids == model.config.image_token_id
+    outputs, features = stock.get("mm_encoder_outputs"), embeds.new_zeros(0, embeds.shape[-1])
+    if outputs is not None:
+        features = tile_features(encoded_images(outputs)).flatten(0, -2)
+    elif pixels is not None:
+        features = tile_features(model.get_image_features(pixels, mask, **RETURN_OUTPUT)).flatten(0, -2)
     if int(visual.sum()) != len(features):
         raise ValueError(
-            f"input_ids holds {int(visual.sum())} image placeholders, but the pixels make {len(features)} tokens"
+            f"input_ids holds {int(visual.sum())} image placeholders, but the images make {len(features)} tokens"
         )
-    embeds = model.get_input_embeddings()(input_ids).masked_scatter(visual[..., None], features)
+    embeds = embeds.masked_scatter(visual[..., None], features)
+    text = {name: stock[name] for name in ("attention_mask", "position_ids")}
     replaced = dict.fromkeys(("input_ids", "pixel_values", "pixel_attention_mask"))
-    return {**stock, **replaced, "inputs_embeds": embeds}
+    return {**text, **replaced, "inputs_embeds": embeds}
 
 
 def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch.Tensor) -> torch.Tensor:

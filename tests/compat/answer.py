@@ -11,7 +11,7 @@ import sys
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, DynamicCache
 
 
 QUESTIONS = ("what shape does the red card show?", "how many cards are there?")
@@ -55,6 +55,24 @@ def positions_of(model, inputs, **options) -> list:
     return [ids.tolist(), seen]
 
 
+def chat_of(model, processor, inputs) -> list:
+    """The ids of two turns on one cache, and the tokens that follow the first one in a loop over `forward`."""
+    cache = DynamicCache()
+    first = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, past_key_values=cache)
+    turn = f"<end_of_utterance>\nUser:{QUESTIONS[1]}<end_of_utterance>\nAssistant:"
+    more = processor.tokenizer(turn, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = torch.cat([first, more.expand(len(first), -1)], 1)
+    text = inputs["attention_mask"].new_ones(len(ids), ids.shape[1] - inputs["attention_mask"].shape[1])
+    mask = torch.cat([inputs["attention_mask"], text], 1)
+    second = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, past_key_values=cache
+    )
+    outputs = model(**inputs, use_cache=True)
+    token, length = outputs.logits[:, -1:].argmax(-1), inputs["input_ids"].shape[1] + 1
+    outputs = model(input_ids=token, attention_mask=mask[:, :length], past_key_values=outputs.past_key_values)
+    return [second.tolist(), outputs.logits[:, -1].argmax(-1).tolist()]
+
+
 @torch.no_grad()
 def main(folder: str, image: str, output: str):
     model, processor = load(folder)
@@ -73,6 +91,8 @@ def main(folder: str, image: str, output: str):
         "batch": positions_of(model, batch),
         "single": positions_of(model, single),
         "lazy": positions_of(model, lazy),
+        "chat": chat_of(model, processor, single),
+        "batched chat": chat_of(model, processor, batch),
         "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),
         "dense": positions_of(model, single, selection="dense"),
         "answers": processor.batch_decode(

@@ -30,11 +30,22 @@ def test_a_request_takes_its_own_arguments_and_leaves_the_rest(config, batch):
     assert torch.equal(request.prompt.input_ids, batch["input_ids"])
 
 
-@pytest.mark.parametrize("given", [{"selection": "dense"}, {"pixel_values": None}, {"inputs_embeds": torch.zeros(1)}])
+@pytest.mark.parametrize("given", [{"selection": "dense"}, {"pixel_values": None}])
 def test_the_stock_model_takes_what_selects_nothing(given, config, batch):
     request = Request.take(config, {**batch, **given})
     assert not request.selects and request.stock["input_ids"] is batch["input_ids"]
     assert set(request.stock) <= {*batch, "position_ids", "inputs_embeds"}
+
+
+@pytest.mark.parametrize("variant", ["before_encoder", "after_encoder", "blocks"])
+def test_images_beside_embeddings_are_refused(variant, model, batch):
+    """Without ids there is no layout to select from, and encoding every tile instead would not be said."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    given = {**batch, "input_ids": None, "inputs_embeds": embeds, "selection": variant}
+    message = f'inputs_embeds with images: {variant!r} reads .* input_ids; .*selection="dense"'
+    for call in (model, model.generate, model.select):
+        with pytest.raises(ValueError, match=message):
+            call(**given)
 
 
 @pytest.mark.parametrize("name", ["image_hidden_states", "lazy_tiles", "visual_cache"])

@@ -286,5 +286,43 @@ def test_lazy_tiles_of_more_prompts_are_refused(model, prepare, samples):
 def test_a_tuned_dense_model_says_where_pixels_and_prompt_do_not_fit(make_model, single, tuning):
     inputs = {**single, "pixel_values": single["pixel_values"][:, 1:]}
     inputs["pixel_attention_mask"] = single["pixel_attention_mask"][:, 1:]
-    with pytest.raises(ValueError, match="272 image placeholders, but the pixels make 256 tokens"):
+    with pytest.raises(ValueError, match="272 image placeholders, but the images make 256 tokens"):
         make_model().tune(**tuning)(**inputs, selection="dense")
+
+
+# Features that were encoded elsewhere
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder", "dense"])
+def test_outputs_of_the_encoder_are_selected_from(selection, model, batch, tiles_encoded):
+    """`mm_encoder_outputs`, as stock's `generate` makes them."""
+    text = {name: batch[name] for name in ("input_ids", "attention_mask", "question_mask")}
+    with torch.no_grad():
+        pixels = [batch[name] for name in ("pixel_values", "pixel_attention_mask")]
+        encoded = {"image": model.model.get_image_features(*pixels, return_dict=True)}
+        expected = model(**batch, selection=selection).logits
+        with tiles_encoded(model) as counts:
+            found = model(**text, mm_encoder_outputs=encoded, selection=selection).logits
+            ids = model.generate(**text, mm_encoder_outputs=encoded, selection=selection, max_new_tokens=3)
+    assert counts == []
+    real = batch["attention_mask"] > 0
+    assert torch.allclose(found[real], expected[real], atol=1e-4)
+    assert torch.equal(ids, model.generate(**batch, selection=selection, max_new_tokens=3))
+
+
+def test_outputs_of_the_encoder_beside_pixels_are_refused(model, batch):
+    with pytest.raises(ValueError, match="mm_encoder_outputs hold the features of all tiles"):
+        model(**batch, mm_encoder_outputs={"image": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}])
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder", "blocks", "dense"])
+def test_beams_and_samples_share_the_encoded_tiles(selection, options, make_model, batch, tiles_encoded):
+    """In every variant, tuned or not: dense encodes as often as stock does."""
+    for tuning in ({}, {"tiles_per_step": 2}):
+        model = make_model().tune(**tuning)
+        with tiles_encoded(model) as once:
+            model.generate(**batch, selection=selection, max_new_tokens=2)
+        with tiles_encoded(model) as shared:
+            model.generate(**batch, selection=selection, max_new_tokens=2, **options)
+        assert shared == once and sum(once) > 0

@@ -98,7 +98,7 @@ class QGSATrainer(Trainer):
         patch_words = inputs.pop("patch_words", None)
         if self.feature_cache is not None and "pixel_values" in inputs:
             inputs = with_features(self.feature_cache, base, inputs)
-        outputs = model(**inputs, gumbel_temperature=self.temperature())
+        outputs = model(**inputs, gumbel_temperature=self.temperature(), logits_to_keep=1)
         if outputs.glance is None:  # the batch has no images
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         glance, features = outputs.glance, outputs.image_hidden_states
