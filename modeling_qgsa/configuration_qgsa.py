@@ -107,8 +107,12 @@ class QGSAConfig(SmolVLMConfig):
         complexity_quantile (`float`, defaults to 0.95): estimated probability with which the budget should suffice; a
             lower value is cheaper.
         tiles_per_step (`int`, *optional*): tiles encoded at once, all of them by default; see `tune`.
-        global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt; the defaults are those of the
-            published SmolVLM tokenizers.
+        global_image_token_id, end_of_utterance_token_id (`int`): markers in the prompt, the second one of the end of a
+            turn; the defaults are those of the published SmolVLM tokenizers.
+        assistant_token_ids (`list[int]`): ids that open an answer, without white space before them; the default is
+            "Assistant:" in the published SmolVLM tokenizers. `from_dense` reads them from the chat template. A
+            checkpoint that was saved without them and has another tokenizer gets them by
+            `model.config.update(marker_ids(processor))` from `conversion_qgsa`, or when it is exported again.
         tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in total.
 
     A saved configuration also carries `qgsa_version`, the version of this package that wrote it.
@@ -134,6 +138,7 @@ class QGSAConfig(SmolVLMConfig):
     image_token_id: int = 49190
     global_image_token_id: int = 49152
     end_of_utterance_token_id: int = 49279
+    assistant_token_ids: list[int] = field(default_factory=lambda: [9519, 9531, 42])
     tile_token_ids: list[int] = field(default_factory=lambda: list(range(49153, 49189)))
 
     def __post_init__(self, **kwargs):
@@ -186,6 +191,8 @@ class QGSAConfig(SmolVLMConfig):
             raise ValueError(f"tiles_per_step ({self.tiles_per_step}) must be at least 1")
         if len(self.tile_token_ids) != 36:
             raise ValueError(f"tile_token_ids ({len(self.tile_token_ids)} ids) must hold 36: 6 rows of 6 columns")
+        if not self.assistant_token_ids:
+            raise ValueError("assistant_token_ids (0 ids) must hold at least 1")
 
     def validate_sizes(self):
         """Check that tiles yield visual tokens and that ids are in range; run by `@strict_config` on construction."""
@@ -204,6 +211,8 @@ class QGSAConfig(SmolVLMConfig):
                 f"image_size ({vision.image_size}), patch_size ({vision.patch_size}) and scale_factor "
                 f"({self.scale_factor}) make 0 visual tokens per tile"
             )
-        for name in ("image_token_id", "global_image_token_id", "end_of_utterance_token_id"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be in 0 .. {2**31 - 1}")
+        markers = ("image_token_id", "global_image_token_id", "end_of_utterance_token_id")
+        ids = [(name, getattr(self, name)) for name in markers]
+        for name, number in [*ids, *(("assistant_token_ids", number) for number in self.assistant_token_ids)]:
+            if not 0 <= number < 2**31:
+                raise ValueError(f"{name} ({number}) must be in 0 .. {2**31 - 1}")

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from .configuration_qgsa import QGSAConfig
+from .prompt_qgsa import read_chat_format, tokenizer_of
 
 
 OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.")
@@ -13,7 +14,7 @@ def load_dense(base, tokenizer=None):
 
     Args:
         base: Hub id, folder or model.
-        tokenizer: replaces the one that comes with an id or folder; returned unchanged for a model.
+        tokenizer: tokenizer or processor that replaces the one of an id or folder; returned unchanged for a model.
 
     Raises ValueError for a checkpoint of another architecture, naming it, before any weight is loaded.
     """
@@ -25,7 +26,11 @@ def load_dense(base, tokenizer=None):
 
 
 def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
-    """The configuration of a QGSA model: sizes from the dense one, marker ids from `tokenizer`, and `fields`."""
+    """The configuration of a QGSA model: sizes from the dense one, marker ids from `tokenizer`, and `fields`.
+
+    Args:
+        tokenizer: tokenizer or processor; None leaves the marker ids to `fields` and the defaults.
+    """
     if tokenizer is not None:
         fields = marker_ids(tokenizer) | fields
     vision = dense.vision_config.to_dict()
@@ -56,17 +61,25 @@ def check_architecture(config):
         raise ValueError(f"model_type ({config.model_type!r}): from_dense takes idefics3 and smolvlm checkpoints")
 
 
-def marker_ids(tokenizer) -> dict:
-    """Ids of SmolVLM's marker tokens as fields of [`QGSAConfig`]. Raises ValueError if the tokenizer lacks one."""
+def marker_ids(source) -> dict:
+    """Ids of the tokens by which images and turns are found, as fields of [`QGSAConfig`].
+
+    Args:
+        source: tokenizer or processor; the turns are those of its chat template, see `read_chat_format`.
+
+    Raises ValueError if the tokenizer lacks a marker of SmolVLM.
+    """
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
-    known = tokenizer.get_vocab()
+    known = tokenizer_of(source).get_vocab()
     lacking = [name for name in names if name not in known]
     if lacking:
         raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
+    chat = read_chat_format(source)
     return {
         "image_token_id": known["<image>"],
         "global_image_token_id": known["<global-img>"],
-        "end_of_utterance_token_id": known["<end_of_utterance>"],
+        "end_of_utterance_token_id": chat.end_of_utterance_token_id,
+        "assistant_token_ids": chat.assistant_token_ids,
         "tile_token_ids": [known[name] for name in tiles],
     }

@@ -232,8 +232,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
 
         Args:
             base: Hub id, local folder or model of an idefics3 or smolvlm checkpoint.
-            tokenizer: source of the marker token ids; that of `base` if it is an id or a folder. For a model without a
-                tokenizer the ids are the published ones, or those given in `fields`.
+            tokenizer: tokenizer or processor, source of the marker token ids; that of `base` if it is an id or a
+                folder. For a model without one the ids are the published ones, or those given in `fields`.
             fields: fields of [`QGSAConfig`], such as `max_tiles=2`.
 
         Raises ValueError for a checkpoint of another architecture, naming it, or if weights do not match.
@@ -274,7 +274,8 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
         `(B, L, V)`, or at `logits_to_keep` of them. Of the labels, those of the kept positions count.
 
         Args (in addition to SmolVLM's):
-            question_mask: `(B, L)` bool or int, the tokens of the question; by default the last user turn.
+            question_mask: `(B, L)` bool or int, the tokens of the question; by default the last closed turn that is
+                not the assistant's.
             visual_token_scores: `(B, N)` float, scores of all visual tokens in prompt order that replace the
                 selector's. The score of a tile is the highest of its tokens.
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of

@@ -10,7 +10,7 @@ from transformers import BatchFeature, Idefics3Processor
 from .compat_qgsa import image_processor_options
 from .images_qgsa import has_images, images_per_sample, load_images, to_rgb
 from .layout_qgsa import VisualLayout
-from .prompt_qgsa import find_question
+from .prompt_qgsa import Turns, find_question, read_chat_format
 from .selection_qgsa import QGSASelection
 from .tiles_qgsa import LazyImage, LazyTiles
 
@@ -31,8 +31,8 @@ class MarkerIds(NamedTuple):
 class QGSAProcessor(Idefics3Processor):
     """Prepares prompts and images like [`Idefics3Processor`], and adds `question_mask`.
 
-    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads, the last
-    user turn.
+    Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads: the last
+    closed turn that is not the assistant's. Turns are those of the chat template.
 
     With `lazy_tiles=True` only the global views are turned into pixels at once; the inputs then carry `lazy_tiles`,
     from which the model cuts exactly the tiles that it looks at.
@@ -57,10 +57,7 @@ class QGSAProcessor(Idefics3Processor):
         images = images_per_sample(images, [prompt.count(self.image_token) for prompt in text])
         prepare = self.prepare_lazily if lazy_tiles else self.prepare_all
         inputs = prepare(images, text, **kwargs)
-        masks = [
-            self.mask_question(torch.as_tensor(ids), torch.as_tensor(mask))
-            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
-        ]
+        masks = self.mask_questions(inputs["input_ids"], inputs["attention_mask"])
         if isinstance(inputs["input_ids"], list):
             inputs["question_mask"] = [mask.tolist() for mask in masks]
         else:
@@ -121,22 +118,25 @@ class QGSAProcessor(Idefics3Processor):
         separator = "\n" if rows else ""
         return f"{lines}{separator}{self.fake_image_token}{self.global_image_tag}{tokens}{self.fake_image_token}"
 
-    def mask_question(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """1 on the tokens of the question, 0 elsewhere, `(L,)`. Raises ValueError for images without a question."""
+    def mask_questions(self, input_ids, attention_mask) -> list[torch.Tensor]:
+        """1 on the tokens of each sample's question, 0 elsewhere, `(L,)` int64 each.
+
+        Args:
+            input_ids, attention_mask: `(B, L)`, or one list per sample.
+
+        Raises ValueError for images without a question.
+        """
         markers = MarkerIds(self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids)
-        layout = VisualLayout.of(markers, input_ids[None])
-        readable = (layout.tile_of_position < 0) & attention_mask[None].bool()
-        end_of_utterance = self.tokenizer.convert_tokens_to_ids(self.end_of_utterance_token)
-        while True:
-            mask = find_question(input_ids[None], readable, end_of_utterance)[0]
-            words = self.tokenizer.decode(input_ids[mask], skip_special_tokens=True).strip()
-            if not words.startswith("Assistant:"):
-                break
-            readable[:, mask.nonzero()[0, 0] :] = False  # an answer, such as a training label: look only before it
-        words = words.removeprefix("User:")
-        if len(layout.grids) and not words.strip():
-            raise ValueError(f"text: the prompt has {len(layout.grids)} images but no question to select by")
-        return mask.long()
+        chat, masks = read_chat_format(self), []
+        for ids, shown in zip(map(torch.as_tensor, input_ids), map(torch.as_tensor, attention_mask)):
+            layout = VisualLayout.of(markers, ids[None])
+            turns = Turns.of(chat, ids[None], shown[None].bool() & (layout.tile_of_position < 0))
+            mask = find_question(turns, torch.ones_like(turns.text))[0]
+            words = self.tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+            if len(layout.grids) and not words.removeprefix(chat.user_header).strip():
+                raise ValueError(f"text: the prompt has {len(layout.grids)} images but no question to select by")
+            masks.append(mask.long())
+        return masks
 
     def draw_selection(self, image, selection: QGSASelection, index: int = 0) -> Image.Image:
         """Draw a selection: kept regions in colour, the rest grey, the tile grid on top.

@@ -1,12 +1,23 @@
-"""The text side of a batch, checked, and the question in it. Sizes as in `layout_qgsa`."""
+"""The text side of a batch, checked: prompts, their turns, and the question about each image.
 
+Sizes as in `layout_qgsa`.
+"""
+
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.nn import functional as F
+from transformers import ProcessorMixin
+from transformers.utils import logging
 
 from .layout_qgsa import VisualLayout
+
+
+logger = logging.get_logger(__name__)
+QUESTION, ANSWER = "QUESTION", "ANSWER"  # what stands around them in a rendered template is the template's own
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | None], floating: bool | None = None):
@@ -66,27 +77,165 @@ class Prompt:
                 raise ValueError(f"{name} ranges from {low} to {high}: the vocabulary is 0 .. {vocab_size - 1}")
 
 
-def find_question(input_ids: torch.Tensor, readable: torch.Tensor, end_of_utterance_token_id: int) -> torch.Tensor:
-    """The question: the readable tokens of the last turn that `<end_of_utterance>` closes, `(B, L)` bool.
+class TurnMarkers(Protocol):
+    """Token ids by which turns are told apart: a [`QGSAConfig`] or a [`ChatFormat`]."""
+
+    @property
+    def end_of_utterance_token_id(self) -> int: ...
+    @property
+    def assistant_token_ids(self) -> list[int]: ...
+
+
+class ChatFormat(NamedTuple):
+    """How a chat template writes turns.
 
     Args:
-        input_ids: `(B, L)` int64.
-        readable: `(B, L)` bool, False for padding, image blocks and labelled positions.
-        end_of_utterance_token_id: if no readable token has this id, all readable tokens are the question.
+        end_of_utterance_token_id: the token that closes a turn.
+        assistant_token_ids: the tokens that open an answer, without white space before them.
+        user_header: the words before a question, such as "User:".
     """
-    ends = (input_ids == end_of_utterance_token_id) & readable
-    turn = ends.cumsum(1) - ends.long()
-    last = (ends.sum(1, keepdim=True) - 1).clamp(min=0)
-    return readable & ~ends & (turn == last)
+
+    end_of_utterance_token_id: int
+    assistant_token_ids: list[int]
+    user_header: str
+
+
+def tokenizer_of(source):
+    """The tokenizer of a processor; a tokenizer itself."""
+    return source.tokenizer if isinstance(source, ProcessorMixin) else source
+
+
+def read_chat_format(source) -> ChatFormat:
+    """Read the chat format of a tokenizer or processor from its chat template.
+
+    It is SmolVLM's format ("User: ...<end_of_utterance>\\nAssistant: ...") if there is no chat template, or if no
+    special token closes a user's turn.
+    """
+    tokenizer = tokenizer_of(source)
+    renderer = source if source.chat_template else tokenizer
+    for content in (lambda text: [{"type": "text", "text": text}], str):
+        try:
+            return _render_and_read(renderer, tokenizer, content)
+        except Exception:  # a template may raise anything for a form of content that it does not know
+            continue
+    end, *header = tokenizer("<end_of_utterance>\nAssistant:", add_special_tokens=False)["input_ids"]
+    return ChatFormat(end, _without_space(tokenizer, header), "User:")
+
+
+def _without_space(tokenizer, ids: list[int]) -> list[int]:
+    """Ids from the first one on that is more than white space."""
+    return ids[next((place for place, each in enumerate(ids) if tokenizer.decode([each]).strip()), len(ids)) :]
+
+
+def _render_and_read(renderer, tokenizer, content) -> ChatFormat:
+    """Render a question, and a question with its answer. Raises ValueError if no special token closes the question."""
+    user = {"role": "user", "content": content(QUESTION)}
+    assistant = {"role": "assistant", "content": content(ANSWER)}
+    asked = renderer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    answered = renderer.apply_chat_template([user, assistant], tokenize=False)
+    before, _, after = asked.rpartition(QUESTION)
+    # White space at the end of a header can merge with the first word of an answer into one token.
+    between = os.path.commonprefix([after, answered.rpartition(QUESTION)[2]]).rstrip()
+    end, *header = tokenizer(between, add_special_tokens=False)["input_ids"]
+    header = _without_space(tokenizer, header)
+    if end not in tokenizer.get_added_vocab().values() or not header:
+        raise ValueError(f"chat_template: no special token closes a user's turn, which is followed by {between!r}")
+    opening = before.rpartition(tokenizer.decode([end]))[2]
+    words = tokenizer.decode(tokenizer(opening, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+    return ChatFormat(end, header, words.strip())
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The turns of a batch of chats, every field `(B, L)`.
+
+    Args:
+        text (bool): shown text, without images and without the tokens that close turns.
+        words (bool): `text` without the tokens of the chat format.
+        opened (int64): position of the token that closes the turn before; -1 in the first turn.
+        closed (int64): position of the token that closes this turn; L in an open turn.
+        is_answer (bool): the turn is the assistant's. The first one never is.
+        is_answered (bool): the next turn is the assistant's.
+    """
+
+    text: torch.Tensor
+    words: torch.Tensor
+    opened: torch.Tensor
+    closed: torch.Tensor
+    is_answer: torch.Tensor
+    is_answered: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, markers: TurnMarkers, input_ids: torch.Tensor, readable: torch.Tensor, bos_token_id: int | None = None
+    ) -> "Turns":
+        """Find the turns.
+
+        Args:
+            input_ids: `(B, L)` int64.
+            readable: `(B, L)` bool, False for padding and image blocks.
+            bos_token_id: counts as a token of the chat format.
+        """
+        length = input_ids.shape[1]
+        place = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
+        ends = readable & (input_ids == markers.end_of_utterance_token_id)
+        opened = F.pad(place.where(ends, -1).cummax(1).values, (1, -1), value=-1)
+        closed = place.where(ends, length).flip(1).cummin(1).values.flip(1)
+        header = input_ids.new_tensor(markers.assistant_token_ids)
+        windows = F.pad(input_ids, (0, len(header) + 1), value=-1).unfold(1, len(header), 1)
+        found = (windows == header).all(-1)
+        begins = (
+            found[:, :-1] | found[:, 1:]
+        )  # (B, L + 1): an answer begins here, perhaps after a token of white space
+        template = [markers.end_of_utterance_token_id, *markers.assistant_token_ids]
+        template += [] if bos_token_id is None else [bos_token_id]
+        return cls(
+            text=readable & ~ends,
+            words=readable & ~torch.isin(input_ids, input_ids.new_tensor(template)),
+            opened=opened,
+            closed=closed,
+            is_answer=(opened >= 0) & begins.gather(1, opened + 1),
+            is_answered=begins.gather(1, (closed + 1).clamp(max=length)),
+        )
+
+    def visible(self, unlabelled: torch.Tensor) -> torch.Tensor:
+        """Positions that no label hides, `(B, L)` bool: what the assistant answers is a question, labelled or not."""
+        return unlabelled | (self.is_answered & ~self.is_answer)
+
+    def last(self, where: torch.Tensor) -> torch.Tensor:
+        """All positions of the last turn that has one in `where`, `(B, L)` bool; none if there is no such turn."""
+        return self.opened == self.opened.masked_fill(~where, -2).amax(1, keepdim=True)
+
+
+def find_question(turns: Turns, unlabelled: torch.Tensor) -> torch.Tensor:
+    """The question of each sample, `(B, L)` bool: the last closed turn that is not the assistant's.
+
+    Labels hide answers where turns do not tell them: the question is the last turn with unlabelled words, or all
+    unlabelled text if no turn is closed. If all words are labelled, it is the last turn that the assistant answers.
+
+    Args:
+        unlabelled: `(B, L)` bool, False for positions with a label.
+    """
+    free = turns.words & unlabelled & ~turns.is_answer
+    # The token that closes a turn is labelled if it belongs to an answer.
+    closed = free & (turns.is_answered | F.pad(unlabelled, (0, 1)).gather(1, turns.closed))
+    asked = turns.last(closed) & turns.text & turns.visible(unlabelled)
+    rest = turns.text & unlabelled & ~turns.is_answer
+    answered = turns.last(turns.words & ~turns.is_answer & turns.is_answered) & turns.text
+    asked = torch.where(closed.any(1, keepdim=True), asked, rest)
+    return torch.where(free.any(1, keepdim=True), asked, answered)
 
 
 def read_question(
-    prompt: Prompt, layout: VisualLayout, end_of_utterance_token_id: int, question_mask: torch.Tensor | None = None
+    config, prompt: Prompt, layout: VisualLayout, question_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Tokens that the selector reads for each image, `(I, L)` bool: its sample's question, without answers and images.
 
     Args:
+        config: [`QGSAConfig`].
         question_mask: `(B, L)`, the question as marked by the caller; found by `find_question` by default.
+            Labels hide what they cover of it, except in a turn that the assistant answers,
+            and unless they cover all of it.
 
     Raises ValueError if an image has no question, or if the attention mask hides part of an image.
     """
@@ -96,18 +245,37 @@ def read_question(
             f"sample {sample}: attention_mask hides {int((visual & ~shown)[sample].sum())} of the "
             f"{int(visual[sample].sum())} image positions"
         )
-    readable = shown & ~visual & (prompt.labels == -100)
+    readable, unlabelled = shown & ~visual, prompt.labels == -100
+    turns = Turns.of(config, prompt.input_ids, readable, config.text_config.bos_token_id)
+    question = find_question(turns, unlabelled)
     if question_mask is None:
-        question_mask = find_question(prompt.input_ids, readable, end_of_utterance_token_id)
-    check_shape("question_mask", question_mask, prompt.input_ids.shape)
-    question_mask = (question_mask.bool() & readable)[layout.image_sample]
-    for image in (~question_mask.any(1)).nonzero()[:1, 0].tolist():
+        _warn_of_unknown_speakers(config, turns, unlabelled)
+    else:
+        check_shape("question_mask", question_mask, prompt.input_ids.shape)
+        marked = readable & question_mask.bool()
+        seen, words = marked & turns.visible(unlabelled), marked & turns.words
+        hidden = words.any(1) & ~(words & seen).any(1)
+        question = torch.where(hidden[:, None], marked & ~turns.is_answer, seen)
+    question = question[layout.image_sample]
+    for image in (~question.any(1)).nonzero()[:1, 0].tolist():
         sample = layout.image_sample[image]
         raise ValueError(
             f"sample {sample} has no question to select by: of its {prompt.input_ids.shape[1]} positions, "
-            f"{int((prompt.labels[sample] != -100).sum())} are labelled and 0 belong to a question"
+            f"{int((prompt.labels[sample] != -100).sum())} are labelled and 0 belong to a question. Mark the question "
+            "with question_mask, or set the labels of the prompt to -100"
         )
-    return question_mask
+    return question
+
+
+def _warn_of_unknown_speakers(config, turns: Turns, unlabelled: torch.Tensor):
+    """Warn once of several closed turns among which the assistant's cannot be told, as in an old checkpoint."""
+    several = ((turns.opened >= 0) & (turns.closed < turns.text.shape[1]) & turns.text).any(1)
+    if (several & ~turns.is_answer.any(1) & unlabelled.all(1)).any():
+        logger.warning_once(
+            f"No turn opens with assistant_token_ids ({config.assistant_token_ids}): the last closed turn is taken as "
+            "the question, whoever speaks. If the assistant does, set assistant_token_ids in the config of the "
+            "checkpoint (see QGSAConfig), or mark the question with question_mask, as QGSAProcessor does"
+        )
 
 
 def check_decoding(options: Mapping[str, Any], generation_config):

@@ -256,7 +256,7 @@ class Request:
         prompt.check(config.text_config.vocab_size)
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
-        question = read_question(prompt, layout, config.end_of_utterance_token_id, given["question_mask"])
+        question = read_question(config, prompt, layout, given["question_mask"])
         return replace(request, prompt=prompt, layout=layout, question_mask=question, shown=shown)
 
     @property

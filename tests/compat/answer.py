@@ -44,6 +44,17 @@ def ask(processor, image, *questions, **options):
     return processor(text=prompts, images=images, padding=True, return_tensors="pt", **options)
 
 
+def finds_the_question(model, processor, image) -> bool:
+    """Whether the model selects by the question, without a mask, if an answer follows it in the prompt."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "moon"}]}
+    text = processor.apply_chat_template([{"role": "user", "content": content}, answer])
+    inputs = dict(processor(text=text, images=image, return_tensors="pt"))
+    del inputs["question_mask"]
+    expected = model.select(**ask(processor, image, QUESTIONS[0])).relevance
+    return torch.equal(model.select(**inputs).relevance, expected)
+
+
 def positions_of(model, inputs, **options) -> list:
     """The ids that `generate` returns, and the positions that the text model saw, step by step."""
     seen = []
@@ -100,6 +111,7 @@ def main(folder: str, image: str, output: str):
         ),
         "visual_tokens": selected.visual_tokens.tolist(),
         "tiles": selected.tiles.tolist(),
+        "found": finds_the_question(model, processor, image),
         "kept": selected.keep_indices.tolist(),
         "logits": model(**single).logits[0, -1].tolist(),
         "dense_logits": dense[0, -1].tolist(),

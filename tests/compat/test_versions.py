@@ -86,6 +86,10 @@ def test_the_tiny_checkpoint_answers(report):
     assert report["model"] == "QGSASmolVLMForConditionalGeneration" and report["processor"] == "QGSAProcessor"
 
 
+def test_the_question_is_found_in_front_of_an_answer(report):
+    assert report["found"]
+
+
 def test_another_generation_answers_alike(report, other):
     exact = set(report) - {"transformers", "logits", "dense_logits", "inputs"}
     assert {name: other[name] for name in exact} == {name: report[name] for name in exact}

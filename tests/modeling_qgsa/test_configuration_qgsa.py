@@ -68,6 +68,13 @@ def test_default_markers_are_those_of_the_published_tokenizer():
         49279,
     )
     assert config.tile_token_ids == list(range(49153, 49189))
+    assert config.assistant_token_ids == [9519, 9531, 42]  # "Assistant:"
+
+
+def test_a_checkpoint_saved_without_the_assistants_ids_loads(model):
+    saved = model.config.to_dict()
+    assert saved.pop("assistant_token_ids") != QGSAConfig().assistant_token_ids
+    assert QGSAConfig.from_dict(saved).assistant_token_ids == QGSAConfig().assistant_token_ids
 
 
 @pytest.mark.parametrize(
@@ -96,6 +103,9 @@ def test_default_markers_are_those_of_the_published_tokenizer():
         ({"complexity_levels": 1}, "complexity_levels (1) must be at least 2"),
         ({"complexity_quantile": 0}, "complexity_quantile (0) must be in (0, 1]"),
         ({"complexity_quantile": 1.5}, "complexity_quantile (1.5)"),
+        ({"assistant_token_ids": []}, "assistant_token_ids (0 ids) must hold at least 1"),
+        ({"assistant_token_ids": [3, -1]}, "assistant_token_ids (-1) must be in 0 .. 2147483647"),
+        ({"assistant_token_ids": "Assistant:"}, "assistant_token_ids"),
         ({"tile_token_ids": [1, 2, 3]}, "tile_token_ids (3 ids) must hold 36: 6 rows of 6 columns"),
     ],
 )

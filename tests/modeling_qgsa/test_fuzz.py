@@ -653,16 +653,17 @@ def of_labels(bench):
         "a list": end.tolist(),
         "beyond the vocabulary": torch.where(end > 0, 10**6, end),
         "below 0": torch.where(end > 0, -5, end),
-        "everything": ids,
-        "zeros": torch.zeros_like(ids),
     }
+    fine = {"the end": end, "everything": ids, "zeros": torch.zeros_like(ids)}
     for selection in SELECTIONS[:3]:
         for name, labels in wrong.items():
             yield (
                 f"{name}, {selection}",
                 refused(partial(bench.forward, inputs | {"labels": labels}, selection=selection)),
             )
-        yield f"the end, {selection}", answered(partial(bench.forward, inputs | {"labels": end}, selection=selection))
+        for name, labels in fine.items():
+            call = partial(bench.forward, inputs | {"labels": labels}, selection=selection)
+            yield f"{name}, {selection}", answered(call)
 
 
 def of_padding(bench):

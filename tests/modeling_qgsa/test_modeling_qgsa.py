@@ -619,14 +619,6 @@ def test_pixels_that_are_no_numbers(training, bad, trainable, broken):
         trainable.train(training)(**broken)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_labels_that_cover_the_whole_prompt(training, trainable, labelled):
-    inputs = {**labelled, "labels": labelled["input_ids"].clone()}
-    length = inputs["input_ids"].shape[1]
-    with pytest.raises(ValueError, match=f"sample 0 has no question .* {length} positions, {length} are labelled"):
-        trainable.train(training)(**inputs)
-
-
 def test_an_empty_question_mask(model, broken):
     broken["question_mask"].zero_()
     with pytest.raises(ValueError, match="sample 0 has no question to select by"):
