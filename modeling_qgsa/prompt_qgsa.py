@@ -233,11 +233,12 @@ def read_question(
 
     Args:
         config: [`QGSAConfig`].
-        question_mask: `(B, L)`, the question as marked by the caller; found by `find_question` by default.
-            Labels hide what they cover of it, except in a turn that the assistant answers,
+        question_mask: `(B, any)`, the question as marked by the caller, see `fit_question_mask`; found by
+            `find_question` by default. Labels hide what they cover of it, except in a turn that the assistant answers,
             and unless they cover all of it.
 
-    Raises ValueError if an image has no question, or if the attention mask hides part of an image.
+    Raises ValueError if an image has no question, if the attention mask hides part of an image, or if it is unclear
+    where a mask of another length belongs.
     """
     shown, visual = prompt.attention_mask.bool(), layout.tile_of_position >= 0
     for sample in (visual & ~shown).any(1).nonzero()[:1, 0].tolist():
@@ -251,8 +252,7 @@ def read_question(
     if question_mask is None:
         _warn_of_unknown_speakers(config, turns, unlabelled)
     else:
-        check_shape("question_mask", question_mask, prompt.input_ids.shape)
-        marked = readable & question_mask.bool()
+        marked = readable & fit_question_mask(question_mask, question, turns, prompt, layout)
         seen, words = marked & turns.visible(unlabelled), marked & turns.words
         hidden = words.any(1) & ~(words & seen).any(1)
         question = torch.where(hidden[:, None], marked & ~turns.is_answer, seen)
@@ -265,6 +265,63 @@ def read_question(
             "with question_mask, or set the labels of the prompt to -100"
         )
     return question
+
+
+def fit_question_mask(
+    question_mask: torch.Tensor, found: torch.Tensor, turns: Turns, prompt: Prompt, layout: VisualLayout
+) -> torch.Tensor:
+    """A question mask at the positions of the prompt, `(B, L)` bool.
+
+    Some collators append answers to prompts and forget the mask; some then move each sample to one side. A mask that
+    marks what no user says follows its sample if the question that is found has the same pattern elsewhere. A mask of
+    another length is otherwise cut, or continued with zeros, on the right, if it then marks the question that is found
+    or padding shows that nothing was moved.
+
+    Args:
+        question_mask: `(B, any)`.
+        found: `(B, L)` bool, the result of `find_question`.
+
+    Raises ValueError, naming both shapes, if neither is the case.
+    """
+    samples, length = found.shape
+    check_shape("question_mask", question_mask, (samples, None))
+    marked, excess = question_mask.bool(), question_mask.shape[1] - length
+    fitted = F.pad(marked, (0, -excess))
+    lost = marked[:, length:].any(1)
+    strays = lost | (fitted & (~turns.text | turns.is_answer)).any(1)
+    moved = strays & _same_pattern(marked, found) & (found & turns.is_answered).any(1)
+    fitted = torch.where(moved[:, None], found, fitted)
+    settled = moved | (~lost & ((fitted == found).all(1) | _in_place(prompt.attention_mask)))
+    unclear = (~settled)[layout.image_sample]
+    if excess and unclear.any():
+        raise ValueError(
+            f"question_mask has shape {tuple(question_mask.shape)}: expected {samples} x {length}, and it is unclear "
+            f"where the question of sample {int(layout.image_sample[unclear][0])} stands. Give a mask of the whole "
+            "prompt, or leave question_mask out: the question is then found by its turn"
+        )
+    return fitted
+
+
+def _same_pattern(marked: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Whether two masks of any length mark the same pattern, wherever it stands, `(B,)` bool."""
+    width = max(marked.shape[1], found.shape[1])
+    marked, found = (F.pad(mask, (0, width - mask.shape[1])) for mask in (marked, found))
+    offset = marked.int().argmax(1) - found.int().argmax(1)
+    source = torch.arange(width, device=found.device) - offset[:, None]
+    moved = found.gather(1, source.clamp(0, width - 1)) & (source >= 0) & (source < width)
+    return (moved == marked).all(1) & (marked.sum(1) == found.sum(1))
+
+
+def _in_place(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Whether the padding shows that no sample was moved to one side of the batch, a bool.
+
+    Nothing moves in a single sample without padding. Moving leaves padding on one side only, and padding all prompts
+    further leaves none at the margin.
+    """
+    shown = attention_mask.bool()
+    gaps = shown[:, 1:] & ~shown[:, :-1] & (shown.cumsum(1)[:, :-1] > 0)
+    both_sides = shown[:, 0].any() & ~shown[:, 0].all() & ~shown[:, -1].all()
+    return gaps.any() | both_sides | (shown.all() if len(shown) == 1 else both_sides)
 
 
 def _warn_of_unknown_speakers(config, turns: Turns, unlabelled: torch.Tensor):

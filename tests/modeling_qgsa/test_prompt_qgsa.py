@@ -170,6 +170,101 @@ def test_labels_over_everything_without_a_template_are_refused_with_a_remedy(mod
         model(**without_mask(inputs), labels=labels)
 
 
+# Masks of another length
+
+
+@pytest.fixture(scope="module")
+def joined(processor, chats, collate):
+    return collate(processor, chats)
+
+
+@pytest.fixture(scope="module")
+def expected(joined):
+    return marked(joined, joined["question_mask"])
+
+
+def test_a_mask_of_the_prompt_alone_is_continued(joined, expected, model):
+    assert marked(joined, read(model.config, joined)) == expected
+    inputs = {name: value for name, value in joined.items() if name != "answers"}
+    found = model.select(**without_mask(inputs)).relevance
+    assert torch.equal(model.select(**inputs).relevance, found)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_follows_samples_that_were_moved(side, joined, expected, model):
+    moved = flush(joined, side)
+    assert moved["question_mask"].shape != moved["input_ids"].shape
+    assert marked(moved, read(model.config, moved)) == expected
+    labels = moved["input_ids"].masked_fill(moved["answers"] == 0, -100)
+    assert marked(moved, read(model.config, moved, labels=labels)) == expected
+
+
+def test_a_mask_follows_samples_that_were_moved_and_cut_to_its_length(joined, expected, model):
+    moved = flush(joined, "left")
+    names = ("input_ids", "attention_mask")
+    length = moved["input_ids"].shape[1] - 1
+    cut = {name: moved[name][:, :length] for name in names}
+    for width in (length, length + 1, length + 2):
+        mask = torch.nn.functional.pad(joined["question_mask"], (0, width - joined["question_mask"].shape[1]))
+        assert marked(cut, read(model.config, cut, question_mask=mask)) == expected
+
+
+def halved(mask):
+    """A mask of the user's own: every other token of the question."""
+    places = mask.cumsum(1) % 2 == 1
+    return mask * places
+
+
+def test_a_mask_of_the_users_own_is_continued_if_padding_shows_its_place(joined, model):
+    own = halved(joined["question_mask"])
+    assert marked(joined, read(model.config, joined, question_mask=own)) == marked(joined, own)
+    single = {name: value[2:] for name, value in joined.items()}
+    start = int(single["attention_mask"].argmax(1))
+    width = int(single["attention_mask"].sum())
+    single = {name: single[name][:, start : start + width] for name in ("input_ids", "attention_mask")}
+    own = own[2:, start:]
+    assert marked(single, read(model.config, single, question_mask=own)) == marked(single, own)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_the_users_own_is_refused_where_its_place_is_unclear(side, joined, model):
+    moved = flush(joined, side)
+    own = halved(joined["question_mask"])
+    message = (
+        rf"question_mask has shape \(3, {own.shape[1]}\): expected 3 x {moved['input_ids'].shape[1]}, .* leave "
+        "question_mask out"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(model.config, moved, question_mask=own)
+
+
+def test_a_mask_of_the_users_own_stays_as_it_is(joined, model):
+    """Whatever it marks, if it has the length of the prompt."""
+    width = joined["input_ids"].shape[1]
+    whole = torch.nn.functional.pad(joined["question_mask"], (0, width - joined["question_mask"].shape[1]))
+    first = (joined["attention_mask"].cumsum(1) < 4).long() * joined["attention_mask"]
+    for own in (halved(whole), first, torch.ones_like(whole)):
+        question = read(model.config, joined, question_mask=own)
+        assert question.any(1).all() and not (question & (own == 0)).any()
+    text = VisualLayout.of(model.config, joined["input_ids"]).tile_of_position < 0
+    everything = read(model.config, joined, question_mask=torch.ones_like(whole))
+    assert torch.equal(everything, text & joined["attention_mask"].bool())
+
+
+def test_a_mask_marks_an_earlier_turn(joined, model, tokenizer):
+    """The user may ask about another turn than the last; it has as many tokens as the last one has."""
+    width = joined["input_ids"].shape[1]
+    own = torch.zeros_like(joined["input_ids"])
+    ids = joined["input_ids"][1].tolist()
+    start = ids.index(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    last = joined["question_mask"][1].sum()
+    image = VisualLayout.of(model.config, joined["input_ids"]).tile_of_position[1] >= 0
+    text = [place for place in range(start, width) if not image[place]][: int(last)]
+    own[1, text] = 1
+    own[[0, 2], : joined["question_mask"].shape[1]] = joined["question_mask"][[0, 2]]
+    assert torch.equal(read(model.config, joined, question_mask=own)[1], own[1].bool())
+
+
 # Shipped
 
 
