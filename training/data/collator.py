@@ -26,7 +26,7 @@ def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> to
     Args:
         input_ids: `(batch, length)` int64.
         header: token ids that begin an assistant's turn, such as those of `"\\nAssistant:"`.
-        end_id: id of `<end_of_utterance>`.
+        end_id: id of the token that closes a turn, such as `<end_of_utterance>`.
 
     Returns labels, `(batch, length)` int64.
     """
@@ -40,6 +40,14 @@ def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> to
                     labels[row, span] = input_ids[row, span]
                 start = position + 1
     return labels
+
+
+def turn_markers(processor) -> tuple[int, list[int]]:
+    """The token that closes a turn, and those that begin an assistant's turn, by the processor's chat template."""
+    question = {"role": "user", "content": [{"type": "text", "text": "QUESTION"}]}
+    asked = processor.apply_chat_template([question], add_generation_prompt=True)
+    end_id, *header = processor.tokenizer(asked.rpartition("QUESTION")[2], add_special_tokens=False)["input_ids"]
+    return end_id, header
 
 
 @dataclass
@@ -61,7 +69,6 @@ class QuestionCollator:
     alignment: object = None
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
         texts = [
             self.processor.apply_chat_template(
                 conversation(sample, self.with_answer), add_generation_prompt=not self.with_answer
@@ -77,8 +84,7 @@ class QuestionCollator:
             **(self.image_kwargs or {}),
         )
         if self.with_answer:
-            header = tokenizer("\nAssistant:", add_special_tokens=False)["input_ids"]
-            end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+            end_id, header = turn_markers(self.processor)
             inputs["labels"] = answer_labels(inputs["input_ids"], header, end_id)
         if self.alignment is not None:
             inputs["patch_words"] = self.alignment.similarity(samples)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chats import TEMPLATES, with_template
 
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator, answer_labels, conversation
@@ -101,6 +102,20 @@ def test_cards_of_all_families(processor, tokenizer):
         labelled = inputs["labels"][row] != -100
         assert not (mask & labelled).any()
         assert tokenizer.decode(inputs["input_ids"][row][labelled]) == f" {sample['answer']}{END}"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_are_labelled_under_every_chat_template(name, processor, turns):
+    template, end, header, _ = TEMPLATES[name]
+    other = with_template(processor, template)
+    training = QuestionCollator(other)(turns)
+    answers = [["star"], ["row 2 column 3", "no"], ["four"]]
+    for ids, labels, mask, expected in zip(*map(training.get, ("input_ids", "labels", "question_mask")), answers):
+        spans = runs(labels != -100)
+        assert [other.decode(ids[run]).strip() for run in spans] == [f"{answer}{end}" for answer in expected]
+        for run in spans:
+            assert other.decode(ids[: run.start]).rstrip().endswith(f"{end}{header}")
+        assert not (mask.bool() & (labels != -100)).any()
 
 
 def test_the_image_processor_gets_its_options(stock_processor, turns):
