@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 
 TRANSFORMERS_V4 = transformers.__version__.startswith("4.")
@@ -156,6 +156,12 @@ def image_processor_options(image_processor) -> set[str]:
         else image_processor.valid_kwargs.__annotations__
     )
     return set(known) | set(ImagesKwargs.__annotations__)
+
+
+def tokenizer_options() -> set[str]:
+    """Names of the options that a tokenizer accepts per call."""
+    of_processors = {"return_mm_token_type_ids", "return_text_replacement_offsets"}
+    return (set(TextKwargs.__annotations__) | {"return_tensors"}) - of_processors
 
 
 strict_config: Any

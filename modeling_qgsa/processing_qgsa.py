@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
 
-from .compat_qgsa import image_processor_options
+from .compat_qgsa import image_processor_options, tokenizer_options
 from .images_qgsa import has_images, images_per_sample, load_images, to_rgb
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Turns, find_question, read_chat_format
@@ -38,13 +38,23 @@ class QGSAProcessor(Idefics3Processor):
     from which the model cuts exactly the tiles that it looks at.
 
     Raises ValueError for an image with a side of less than 4 px, an aspect ratio over 200, more than 89 million
-    pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; and
-    if the question about an image is empty. Raises OSError for a file that cannot be read.
+    pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; if
+    the question about an image is empty; and for videos and audio. Raises OSError for a file that cannot be read.
     """
 
     _auto_class = "AutoProcessor"  # type: ignore[assignment]
 
-    def __call__(self, images=None, text=None, lazy_tiles=False, **kwargs):
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "question_mask"]
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As stock. Raises ValueError for content other than text and images, which templates drop."""
+        check_parts(conversation)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def __call__(self, images=None, text=None, lazy_tiles: bool | None = None, videos=None, audio=None, **kwargs):
+        check_media(videos=videos, audio=audio, audios=kwargs.pop("audios", None))
         options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         check_edges(options)
         rescale = options.get("do_rescale")
@@ -78,13 +88,13 @@ class QGSAProcessor(Idefics3Processor):
         """Inputs with the pixels of the global views only, and `lazy_tiles` that cut the other tiles on demand.
 
         Pixels are those of the image processor's PIL backend, whichever backend it has. Among the options of the image
-        processor, `size` and `do_image_splitting` are supported; options that it does not know go to the tokenizer.
+        processor, `size` and `do_image_splitting` are supported; options of the tokenizer go there.
 
         Args:
             images: the images of each sample, a list of lists.
             text: one prompt per sample.
 
-        Raises ValueError for any other option of the image processor.
+        Raises ValueError for any other option.
         """
         image_processor, images_kwargs = self.image_processor, dict(images_kwargs or {})
         known = image_processor_options(image_processor)
@@ -95,6 +105,10 @@ class QGSAProcessor(Idefics3Processor):
         split = image_processor.do_image_splitting if split is None else split
         if images_kwargs:
             raise ValueError(f"lazy_tiles supports size and do_image_splitting, not {', '.join(images_kwargs)}")
+        options = {**kwargs, **(text_kwargs or {})}
+        unknown = sorted(options.keys() - tokenizer_options())
+        if unknown:
+            raise ValueError(f"lazy_tiles: unknown options {', '.join(unknown)}. Those of `generate` go to the model")
         tile, resample = image_processor.max_image_size["longest_edge"], image_processor.resample
         text = list(text)
         samples = [
@@ -105,7 +119,7 @@ class QGSAProcessor(Idefics3Processor):
             shown = [self.image_prompt(*image.grid) for image in sample]
             text[number] = between[0] + "".join(image + words for image, words in zip(shown, between[1:]))
         tiles = LazyTiles(samples, image_processor)
-        inputs = self.tokenizer(text, **kwargs, **(text_kwargs or {}))
+        inputs = self.tokenizer(text, **options)
         return BatchFeature({**inputs, "pixel_values": tiles.global_views(), "lazy_tiles": tiles})
 
     def image_prompt(self, rows: int, columns: int) -> str:
@@ -193,6 +207,31 @@ def check_edges(options: dict):
         edge = size.get("longest_edge") if isinstance(size, dict) else size
         if size is not None and (not isinstance(size, dict) or not isinstance(edge, int) or edge < 1):
             raise ValueError(f'{name} ({size!r}) must be {{"longest_edge": px}}')
+
+
+def check_media(**media):
+    """Raise ValueError for media that are no images, naming the argument."""
+    for name, given in media.items():
+        if has_images(given):
+            raise ValueError(
+                f"{name} ({type(given).__name__}): only images and text are processed. Give the frames of a video as "
+                "images"
+            )
+
+
+def check_parts(conversation):
+    """Raise ValueError for parts of messages that are neither text nor an image, naming their type."""
+    for message in conversation if isinstance(conversation, list | tuple) else []:
+        if isinstance(message, list | tuple):
+            check_parts(message)
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list | tuple) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in (None, "text", "image"):
+                raise ValueError(
+                    f"type ({kind!r}) of a part of a message must be 'text' or 'image': give an image, or each frame "
+                    "of a video, as a part of type 'image'"
+                )
 
 
 def check_text(text) -> list[str]:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from chats import turn
 from PIL import Image
 
 from modeling_qgsa import QGSAProcessor
@@ -11,10 +12,6 @@ from training.data.collator import QuestionCollator
 
 def text_of(processor, inputs, row=0):
     return processor.tokenizer.decode(inputs["input_ids"][row][inputs["question_mask"][row].bool()])
-
-
-def turn(role, text, images=0):
-    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
 @pytest.fixture
@@ -137,6 +134,42 @@ def test_an_empty_question(ask, question):
 def test_an_empty_question_in_a_batch(prepare, samples):
     with pytest.raises(ValueError, match="the prompt has 1 images but no question"):
         prepare(samples[0], ("", samples[1][1]))
+
+
+@pytest.mark.parametrize("name", ["videos", "audio", "audios"])
+@pytest.mark.parametrize("lazy_tiles", [None, True])
+def test_videos_and_audio_are_refused(name, lazy_tiles, processor, make_image):
+    call = {"text": "<image>what is it?", "images": make_image(0, 64, 64), "return_tensors": "pt"}
+    for given in (["clip.mp4"], [[make_image()]], np.zeros((2, 64, 64, 3))):
+        with pytest.raises(
+            ValueError, match=rf"{name} \(.*\): only images and text .* Give the frames of a video as im"
+        ):
+            processor(**call, **{name: given}, lazy_tiles=lazy_tiles)
+    expected = processor(**call, lazy_tiles=lazy_tiles)["input_ids"]
+    for nothing in (None, [], [[]]):
+        assert torch.equal(processor(**call, **{name: nothing}, lazy_tiles=lazy_tiles)["input_ids"], expected)
+
+
+@pytest.mark.parametrize("kind", ["video", "audio", "image_url"])
+@pytest.mark.parametrize("options", [{}, {"tokenize": True, "return_dict": True}])
+def test_parts_that_the_template_drops_are_refused(kind, options, processor):
+    chat = [{"role": "user", "content": [{"type": kind, kind: "clip.mp4"}, {"type": "text", "text": "what is it?"}]}]
+    for conversation in (chat, [chat, chat]):
+        with pytest.raises(ValueError, match=rf"type \('{kind}'\) of a part of a message must be 'text' or 'image'"):
+            processor.apply_chat_template(conversation, **options)
+
+
+def test_messages_of_plain_text_are_as_stock(processor, stock_processor):
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    chat = [{"role": "user", "content": "what is it?"}]
+    for conversation in (chat, [chat, chat]):
+        expected = stock_processor.apply_chat_template(conversation, chat_template=template)
+        assert processor.apply_chat_template(conversation, chat_template=template) == expected
+
+
+def test_the_names_of_the_inputs_are_known(processor, make_image):
+    inputs = processor(images=make_image(), text="<image>what is it?", return_tensors="pt")
+    assert set(processor.model_input_names) == set(inputs)
 
 
 def test_images_and_placeholders_that_do_not_match(processor, make_image):

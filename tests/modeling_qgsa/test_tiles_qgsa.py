@@ -103,6 +103,14 @@ def test_options_that_lazy_tiles_do_not_follow_are_refused(processor, make_image
         processor(**call, images_kwargs={"max_image_size": {"longest_edge": 32}})
 
 
+@pytest.mark.parametrize("name", ["max_tiles", "return_mm_token_type_ids", "common_kwargs", "image_seq_len"])
+@pytest.mark.parametrize("place", [None, "text_kwargs"])
+def test_options_that_nobody_reads_are_refused(name, place, processor, make_image):
+    options = {name: 2} if place is None else {place: {name: 2}}
+    with pytest.raises(ValueError, match=f"lazy_tiles: unknown options {name}"):
+        processor(images=make_image(0), text="<image>what?", lazy_tiles=True, **options)
+
+
 def test_lazy_inputs_move_with_the_batch(processor, make_image):
     inputs = processor(images=make_image(), text="<image>what?", return_tensors="pt", lazy_tiles=True).to("cpu")
     assert torch.is_tensor(inputs["pixel_values"]) and inputs["lazy_tiles"].counts == [17]
