@@ -31,7 +31,7 @@ from transformers import (
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import AUTO_MAP
-from modeling_qgsa.conversion_qgsa import OWN_WEIGHTS
+from modeling_qgsa.conversion_qgsa import OWN_WEIGHTS, marker_ids
 from training.cli.arguments import check_source, errors_in_one_line, parse
 from training.evaluation.card import CardContent, budgets_in_words, selector_share, write_card
 
@@ -115,6 +115,8 @@ def export(run: ExportArguments):
     made_from = dense_base_of(run.model)
     files = processor_files(run.processor or made_from)
     model = load(run)
+    # A checkpoint of an earlier version lacks some of these ids.
+    model.config.update(marker_ids(QGSAProcessor.from_pretrained(files, backend="pil")))
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         staged = Path(folder) / output.name

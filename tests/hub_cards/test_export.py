@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_a_trained_checkpoint_without_results_says_that_nothing_was_measured(tmp
     export.export(arguments("--model", TINY, "--output_dir", tmp_path / "bare"))
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "untrained" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
+
+
+def test_an_old_checkpoint_gets_the_ids_that_it_was_saved_without(tmp_path):
+    old = shutil.copytree(TINY, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    known = config.pop("assistant_token_ids")
+    (old / "config.json").write_text(json.dumps(config))
+    export.export(arguments("--model", old, "--output_dir", tmp_path / "new"))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["assistant_token_ids"] == known
 
 
 def test_a_folder_with_files_is_left_untouched(tmp_path):
