@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_qgsa.configuration_qgsa import AUTO_MAP
+
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -82,6 +84,15 @@ def test_a_file_of_the_model_imports_only_files_above_it(name):
         "os",
     }
     assert outside <= THIRD_PARTY | standard | {"types", "typing", "weakref"}
+
+
+@pytest.mark.parametrize("name", sorted({each.split(".")[0] for each in AUTO_MAP.values()}))
+def test_a_file_of_a_class_imports_all_that_it_reaches(name):
+    """Directly: from a local folder, older transformers copy only the files that it imports itself."""
+    own = {module[1:] for module in imports(ROOT / "modeling_qgsa" / f"{name}.py") if module.startswith(".")}
+    for each in own:
+        reached = {module[1:] for module in imports(ROOT / "modeling_qgsa" / f"{each}.py") if module.startswith(".")}
+        assert reached <= own, each
 
 
 def test_every_file_of_the_model_is_listed():
