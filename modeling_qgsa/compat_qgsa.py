@@ -9,6 +9,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 from transformers.processing_utils import ImagesKwargs, TextKwargs
@@ -112,6 +113,24 @@ def causal_mask(text_model, inputs_embeds: torch.Tensor, attention_mask: torch.T
     if TRANSFORMERS_V4:
         arguments["input_embeds"] = arguments.pop("inputs_embeds")
         arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    return create_causal_mask(**arguments)
+
+
+def bidirectional_mask(config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor):
+    """The mask that hides padding from layers in both directions, in the format of the attention implementation.
+
+    Args:
+        config: the configuration that names the attention implementation.
+        inputs_embeds: `(B, L, D)`.
+        attention_mask: `(B, L)`, 1 for tokens and 0 for padding.
+    """
+    arguments = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    if not TRANSFORMERS_V4:
+        return masking_utils.create_bidirectional_mask(**arguments)
+    arguments["input_embeds"] = arguments.pop("inputs_embeds")
+    arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    arguments["past_key_values"] = None
+    arguments["or_mask_function"] = lambda sample, head, query, key: key >= 0  # what comes later is seen, too
     return create_causal_mask(**arguments)
 
 

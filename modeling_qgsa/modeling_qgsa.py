@@ -28,6 +28,7 @@ from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
+from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .readout_qgsa import read_out
 from .relaxation_qgsa import Relaxation, gated_attention_mask
@@ -45,33 +46,18 @@ from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 from .vision_qgsa import embed_dense, encode_chosen_blocks, encode_in_steps, encode_tiles
 
 
-class QGSASmolVLMModel(SmolVLMModel):
+class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
     """SmolVLM without its language head, with the selector."""
 
-    config: QGSAConfig
-    config_class = QGSAConfig
     _auto_class = "AutoModel"  # type: ignore[assignment]
 
     def __init__(self, config: QGSAConfig):
         super().__init__(config)
         config.check_tiles()
         use_v5_patch_positions(self.vision_model)
-        width = config.text_config.hidden_size
-        self.selector = QuestionGuidedSelector(
-            width,
-            config.tokens_per_tile,
-            config.selector_hidden_size,
-            config.selector_layers,
-            config.selector_heads,
-            config.max_question_tokens,
-        )
-        self.complexity_estimator = ComplexityEstimator(width, config.selector_hidden_size, config.complexity_levels)
+        self.selector = QuestionGuidedSelector(config)
+        self.complexity_estimator = ComplexityEstimator(config)
         self.post_init()
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, QuestionGuidedSelector):
-            module.init_weights()
 
     @property
     def pointer(self) -> Pointer:
@@ -208,7 +194,7 @@ class QGSASmolVLMModel(SmolVLMModel):
         return QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
 
 
-class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
+class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditionalGeneration):
     """SmolVLM that looks only where the question points.
 
     ```python
@@ -217,8 +203,6 @@ class QGSASmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
     ```
     """
 
-    config: QGSAConfig
-    config_class = QGSAConfig
     _auto_class = "AutoModelForImageTextToText"  # type: ignore[assignment]
 
     def __init__(self, config: QGSAConfig):

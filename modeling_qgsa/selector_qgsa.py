@@ -2,9 +2,71 @@
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.smolvlm.modeling_smolvlm import eager_attention_forward
 
+from .compat_qgsa import bidirectional_mask
 from .compat_qgsa import initialization as init
+from .configuration_qgsa import QGSAConfig
 from .selection_qgsa import splice
+
+
+# Up to version 0.2 the layers were those of torch, whose attention has no module for its first projection.
+FORMER_NAMES = {
+    "self_attn.in_proj_weight": "self_attn.in_proj.weight",
+    "self_attn.in_proj_bias": "self_attn.in_proj.bias",
+}
+
+
+class SelectorAttention(nn.Module):
+    """Self-attention in both directions through transformers' attention interface."""
+
+    is_causal = False
+
+    def __init__(self, config: QGSAConfig):
+        super().__init__()
+        self.config = config
+        self.heads = config.selector_heads
+        self.in_proj = nn.Linear(config.selector_hidden_size, 3 * config.selector_hidden_size)
+        self.out_proj = nn.Linear(config.selector_hidden_size, config.selector_hidden_size)
+
+    def forward(self, hidden: torch.Tensor, mask) -> torch.Tensor:
+        """Attend, `(I, L, D)` to `(I, L, D)`; `mask` as the attention implementation expects it."""
+        parts = self.in_proj(hidden).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        scaling = query.shape[-1] ** -0.5
+        attended, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=scaling, is_causal=False)
+        return self.out_proj(attended.flatten(2))
+
+
+class SelectorLayer(nn.Module):
+    """A pre-norm transformer layer whose weights are all used by calling their modules.
+
+    `nn.TransformerEncoderLayer` reads the weights of its children without calling them: adapters, offloading and
+    quantization, which all act on calls, would be ignored or fail. Names and mathematics are those of that class.
+    """
+
+    def __init__(self, config: QGSAConfig):
+        super().__init__()
+        width = config.selector_hidden_size
+        self.self_attn = SelectorAttention(config)
+        self.linear1 = nn.Linear(width, 4 * width)
+        self.linear2 = nn.Linear(4 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, hidden: torch.Tensor, mask) -> torch.Tensor:
+        """Hidden states `(I, L, D)` of the next layer; `mask` as in [`SelectorAttention`]."""
+        hidden = hidden + self.self_attn(self.norm1(hidden), mask)
+        return hidden + self.linear2(nn.functional.gelu(self.linear1(self.norm2(hidden))))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # `from_pretrained` renames by itself; `load_state_dict`, which Trainer uses to resume, comes here.
+        for former, name in FORMER_NAMES.items():
+            if prefix + former in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + former)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuestionGuidedSelector(nn.Module):
@@ -14,26 +76,22 @@ class QuestionGuidedSelector(nn.Module):
     are relevant, and with which words the visual tokens should be matched.
 
     Args:
-        width: D of the text model, whose word embeddings and connector features it reads.
-        cells: C, the number of cells of the glance.
-        hidden_size, layers, heads, max_question_tokens: as in [`QGSAConfig`].
+        config: sizes of the selector, of the text model, whose word embeddings and connector features it reads, and of
+            the glance; the attention implementation is the model's.
     """
 
-    def __init__(self, width: int, cells: int, hidden_size: int, layers: int, heads: int, max_question_tokens: int):
+    def __init__(self, config: QGSAConfig):
         super().__init__()
-        self.max_question_tokens = max_question_tokens
+        self.config = config
+        self.max_question_tokens = config.max_question_tokens
+        width, hidden_size = config.text_config.hidden_size, config.selector_hidden_size
         self.glance_projection = nn.Linear(width, hidden_size)
         self.question_projection = nn.Linear(width, hidden_size)
         self.glance_norm = nn.LayerNorm(width)
         self.question_norm = nn.LayerNorm(width)
-        self.cell_position = nn.Parameter(torch.empty(cells, hidden_size))
-        self.word_position = nn.Parameter(torch.empty(max_question_tokens, hidden_size))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                hidden_size, heads, 4 * hidden_size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
+        self.cell_position = nn.Parameter(torch.empty(config.tokens_per_tile, hidden_size))
+        self.word_position = nn.Parameter(torch.empty(config.max_question_tokens, hidden_size))
+        self.layers = nn.ModuleList(SelectorLayer(config) for _ in range(config.selector_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.relevance = nn.Linear(hidden_size, 1)
         self.word_weight = nn.Linear(hidden_size, 1)
@@ -53,6 +111,9 @@ class QuestionGuidedSelector(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=module.in_features**-0.5)
+        for module in self.modules():
+            if isinstance(module, SelectorAttention):  # half the variance, as in torch: attention starts out gently
+                init.normal_(module.in_proj.weight, std=(2 * module.in_proj.in_features) ** -0.5)
         for key, query in zip((self.tile_key, self.glance_key), self.query.weight.detach().chunk(2)):
             init.copy_(key.weight, query)
         init.zeros_(self.word_weight.weight)
@@ -77,9 +138,10 @@ class QuestionGuidedSelector(nn.Module):
         words = words + self.word_position[: words.shape[1]].flip(0)
         cells = self.glance_projection(self.glance_norm(glance)) + self.cell_position
         hidden = torch.cat([cells, words], dim=1)
-        padding = torch.cat([indices.new_zeros(cells.shape[:2], dtype=torch.bool), indices < 0], dim=1)
+        present = torch.cat([indices.new_ones(cells.shape[:2], dtype=torch.bool), indices >= 0], dim=1)
+        mask = bidirectional_mask(self.config, hidden, present)
         for layer in self.layers:
-            hidden = layer(hidden, src_key_padding_mask=padding)
+            hidden = layer(hidden, mask)
         hidden = self.norm(hidden)
         cells, words = hidden[:, : cells.shape[1]], hidden[:, cells.shape[1] :]
         weights = self.word_weight(words).float().masked_fill((indices < 0)[..., None], float("-inf")).softmax(1)
@@ -113,16 +175,18 @@ class ComplexityEstimator(nn.Module):
     suffices: similar questions can need different budgets, and a mean would serve none of them.
 
     Args:
-        width: D of the text model, whose word embeddings and connector features it reads.
-        hidden_size: width of its hidden layer.
-        levels: number of complexities that it distinguishes.
+        config: its hidden size and number of levels, and the width D of the text model, whose word embeddings and
+            connector features it reads.
     """
 
-    def __init__(self, width: int, hidden_size: int, levels: int):
+    def __init__(self, config: QGSAConfig):
         super().__init__()
+        width, hidden_size = config.text_config.hidden_size, config.selector_hidden_size
         self.question_norm = nn.LayerNorm(width)
         self.glance_norm = nn.LayerNorm(width)
-        self.network = nn.Sequential(nn.Linear(2 * width, hidden_size), nn.GELU(), nn.Linear(hidden_size, levels))
+        self.network = nn.Sequential(
+            nn.Linear(2 * width, hidden_size), nn.GELU(), nn.Linear(hidden_size, config.complexity_levels)
+        )
 
     def forward(self, question: torch.Tensor, question_mask: torch.Tensor, glance: torch.Tensor) -> torch.Tensor:
         """Logits of the levels, `(I, levels)` float32; arguments as for `QuestionGuidedSelector.forward`."""

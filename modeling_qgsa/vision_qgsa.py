@@ -20,6 +20,7 @@ class VisualCache:
     only for new tiles (blocks of tiles are not kept: their features depend on their neighbours). A tile is identified
     by its pixels and by the present weights of the encoder, so one cache may serve several images and models. With a
     cache, tiles are encoded one at a time: answers equal those of a model with `tiles_per_step=1`, bit for bit.
+    Changes of weights that accelerate has offloaded cannot be seen: take a new cache after them.
 
     Args:
         max_bytes (`int`, defaults to 256 MiB): maximum size of the features held; the least recently used are dropped
@@ -192,7 +193,7 @@ def encode_blocks(
     tile, block = chosen.nonzero(as_tuple=True)
     covered = side * scale_factor * embeddings.patch_size  # px; the rest lies beyond the last whole patch
     pixels = pixels[..., :covered, :covered]
-    pixels = blocks_of_tiles(pixels, side)[tile, block].to(embeddings.patch_embedding.weight.dtype)
+    pixels = blocks_of_tiles(pixels, side)[tile, block].to(vision.dtype)
     numbers = patch_numbers(side, scale_factor, pixels.device)[block]
     hidden = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + embeddings.position_embedding(numbers)
 

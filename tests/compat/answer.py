@@ -1,8 +1,9 @@
 """Answers of an exported folder under the installed transformers; tests run this script in each environment.
 
-    python tests/compat/answer.py FOLDER IMAGE OUTPUT
+    python tests/compat/answer.py FOLDER FORMER IMAGE OUTPUT
 
 Loads through the Auto classes, as a user would, and writes to OUTPUT (JSON) the tokens, positions and selections.
+FORMER holds the same weights under the names of version 0.2, and is saved again in its place.
 """
 
 import json
@@ -17,17 +18,17 @@ from transformers import AutoProcessor, DynamicCache
 QUESTIONS = ("what shape does the red card show?", "how many cards are there?")
 
 
-def load(folder: str):
+def load(folder: str, **options):
     """Model and processor of `folder`, through the class that this version of transformers has for them."""
     if transformers.__version__.startswith("4."):
         from transformers import AutoModelForVision2Seq as AutoModel
 
-        return AutoModel.from_pretrained(folder, trust_remote_code=True), AutoProcessor.from_pretrained(
+        return AutoModel.from_pretrained(folder, trust_remote_code=True, **options), AutoProcessor.from_pretrained(
             folder, trust_remote_code=True
         )
     from transformers import AutoModelForImageTextToText as AutoModel
 
-    return AutoModel.from_pretrained(folder, trust_remote_code=True), AutoProcessor.from_pretrained(
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, **options), AutoProcessor.from_pretrained(
         folder, trust_remote_code=True, backend="pil"
     )
 
@@ -84,8 +85,21 @@ def chat_of(model, processor, inputs) -> list:
     return [second.tolist(), outputs.logits[:, -1].argmax(-1).tolist()]
 
 
+def load_former(former: str, inputs) -> dict:
+    """What becomes of weights that have their former names, loaded, saved and loaded again."""
+    found = {"missing": [], "logits": []}
+    for _ in range(2):
+        model, processor = load(former, output_loading_info=True)
+        model, report = model
+        found["missing"].append(sorted(map(str, [*report["missing_keys"], *report["unexpected_keys"]])))
+        found["logits"].append(model(**inputs).logits[0, -1].tolist())
+        model.save_pretrained(former)
+        processor.save_pretrained(former)
+    return found
+
+
 @torch.no_grad()
-def main(folder: str, image: str, output: str):
+def main(folder: str, former: str, image: str, output: str):
     model, processor = load(folder)
     model.eval()
     processor.tokenizer.padding_side = "left"
@@ -115,6 +129,7 @@ def main(folder: str, image: str, output: str):
         "kept": selected.keep_indices.tolist(),
         "logits": model(**single).logits[0, -1].tolist(),
         "dense_logits": dense[0, -1].tolist(),
+        "former": load_former(former, single),
         "drawn": list(processor.draw_selection(image, selected).size),
     }
     with open(output, "w") as file:

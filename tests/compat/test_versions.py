@@ -5,11 +5,14 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from training.data.cards import Cards
 
@@ -30,12 +33,23 @@ def folder(tmp_path_factory):
     return folder
 
 
+def with_former_names(folder, name):
+    """A copy of the exported folder whose weights are named as version 0.2 named them."""
+    copy = shutil.copytree(folder / "qgsa-tiny", folder / name)
+    weights = load_file(copy / "model.safetensors")
+    former = {re.sub(r"(self_attn\.in_proj)\.", r"\1_", name): weight for name, weight in weights.items()}
+    assert sum("in_proj_" in name for name in former) == 4
+    save_file(former, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 def ask(python, folder):
     """The report of `answer.py` under the interpreter `python`, which sees nothing of this project but the folder."""
     report = folder / f"{Path(python).parent.parent.name}.json"
+    former = with_former_names(folder, f"{report.stem}-former")
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(folder / report.stem), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [str(python), "-I", str(ANSWER), str(folder / "qgsa-tiny"), str(folder / "image.png"), str(report)],
+        list(map(str, [python, "-I", ANSWER, folder / "qgsa-tiny", former, folder / "image.png", report])),
         capture_output=True,
         text=True,
         cwd=folder,
@@ -90,8 +104,17 @@ def test_the_question_is_found_in_front_of_an_answer(report):
     assert report["found"]
 
 
+def test_former_names_load(report):
+    assert report["former"]["missing"] == [[], []]
+    assert report["former"]["logits"] == [report["logits"]] * 2
+
+
+def test_another_generation_loads_former_names(other):
+    test_former_names_load(other)
+
+
 def test_another_generation_answers_alike(report, other):
-    exact = set(report) - {"transformers", "logits", "dense_logits", "inputs"}
+    exact = set(report) - {"transformers", "logits", "dense_logits", "inputs", "former"}
     assert {name: other[name] for name in exact} == {name: report[name] for name in exact}
     for name in ("logits", "dense_logits"):
         assert other[name] == pytest.approx(report[name], abs=1e-4)

@@ -4,13 +4,26 @@ import pytest
 import torch
 from handmade import image_block, prompts, read
 
+from modeling_qgsa import QGSAConfig
 from modeling_qgsa.pointer_qgsa import GivenScores, complexity_at
 from modeling_qgsa.selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 
 
+CONFIG = QGSAConfig(
+    vision_config={"image_size": 64, "patch_size": 8},
+    text_config={"model_type": "llama", "hidden_size": 24, "num_attention_heads": 2},
+    scale_factor=2,
+    selector_hidden_size=16,
+    selector_heads=2,
+    max_question_tokens=5,
+    complexity_levels=5,
+    attn_implementation="sdpa",
+)
+
+
 @pytest.fixture
 def fresh_selector():
-    return QuestionGuidedSelector(24, 16, hidden_size=16, layers=2, heads=2, max_question_tokens=5)
+    return QuestionGuidedSelector(CONFIG)
 
 
 @pytest.fixture
@@ -98,7 +111,7 @@ def test_a_fresh_selector_knows_no_places(fresh_selector):
 
 
 def test_estimator_reads_the_question_and_the_glance_and_no_padding():
-    estimator = ComplexityEstimator(24, 16, levels=5)
+    estimator = ComplexityEstimator(CONFIG)
     words, glance, mask = torch.randn(3, 6, 24), torch.randn(3, 16, 24), torch.rand(3, 6) < 0.7
     mask[:, 0] = True
     logits = estimator(words, mask, glance)
