@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
+from torch import nn
+from transformers import GenerationConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -206,8 +207,13 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
     _auto_class = "AutoModelForImageTextToText"  # type: ignore[assignment]
 
     def __init__(self, config: QGSAConfig):
-        super().__init__(config)
+        # Without the __init__ of SmolVLM's class, which would build a second model; all of its attributes follow.
+        super(SmolVLMForConditionalGeneration, self).__init__(config)
         self.model = QGSASmolVLMModel(config)
+        self.image_token_id = config.image_token_id
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vocab_size = config.text_config.vocab_size
+        self.model.text_model.generation_config = GenerationConfig.from_model_config(config)
         self.post_init()
 
     @classmethod

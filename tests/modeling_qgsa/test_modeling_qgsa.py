@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, SmolVLMForConditionalGeneration, SmolVLMModel
 
 import modeling_qgsa.relaxation_qgsa as relaxation
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
@@ -469,6 +469,41 @@ def test_a_few_steps_of_training_lower_the_loss(trainable, one_tile):
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 2
+
+
+# Built as stock is
+
+
+@pytest.fixture
+def config(model):
+    return copy.deepcopy(model.config)
+
+
+def test_the_model_is_built_once(config, monkeypatch):
+    built = []
+    build = SmolVLMModel.__init__
+    monkeypatch.setattr(SmolVLMModel, "__init__", lambda self, config: built.append(self) or build(self, config))
+    QGSASmolVLMForConditionalGeneration(config)
+    assert len(built) == 1
+
+
+def test_the_model_has_all_that_stock_has(config, make_dense):
+    model, stock = QGSASmolVLMForConditionalGeneration(config), make_dense()
+    ours, theirs = (SmolVLMForConditionalGeneration(copy.deepcopy(stock.config)), model)
+    assert set(vars(ours)) <= set(vars(theirs))
+    assert {name for name, _ in ours.named_modules()} <= {name for name, _ in theirs.named_modules()}
+    assert model.vocab_size == stock.vocab_size and model.image_token_id == stock.image_token_id
+    for text in (stock, model):
+        text.model.text_model.generation_config.transformers_version = None
+    assert model.model.text_model.generation_config.to_dict() == stock.model.text_model.generation_config.to_dict()
+
+
+def test_a_configuration_turns_on_checkpointing(config):
+    config.gradient_checkpointing = True
+    model = QGSASmolVLMForConditionalGeneration(config)
+    for part in (model.model.text_model, model.model.vision_model.encoder):
+        assert all(layer.gradient_checkpointing for layer in part.layers)
+    assert "gradient_checkpointing" not in model.config.to_dict(), "as in stock: it is not saved"
 
 
 # From dense, saved and loaded
