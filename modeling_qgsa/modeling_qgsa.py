@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, SmolVLMForConditionalGeneration, SmolVLMModel
+from transformers import GenerationConfig, GenerationMixin, SmolVLMForConditionalGeneration, SmolVLMModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -195,7 +195,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         return QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
 
 
-class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditionalGeneration):
+class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditionalGeneration, GenerationMixin):
     """SmolVLM that looks only where the question points.
 
     ```python

@@ -18,6 +18,8 @@ CODE = [f"{name}_qgsa.py" for name in ("configuration", "modeling", "processing"
 
 SCRIPT = """
 import json
+import multiprocessing
+import pickle
 import sys
 
 import torch
@@ -42,6 +44,9 @@ processor = AutoProcessor.from_pretrained(checkpoint, **trust)
 model.save_pretrained(again)
 processor.save_pretrained(again)
 reloaded = AutoModelForImageTextToText.from_pretrained(again, **trust)
+pickled, pickled_base = pickle.loads(pickle.dumps((model, base)))
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    spawned = pool.apply(model.generate, (), {**inputs, "max_new_tokens": 5}).tolist()
 
 content = [{"type": "image", "image": image}, {"type": "text", "text": "where is the red card?"}]
 messages = [{"role": "user", "content": content}]
@@ -63,9 +68,13 @@ with torch.no_grad():
         },
         "logits": {
             name: each(**inputs).logits.double().tolist()
-            for name, each in {"model": model, "multimodal": multimodal, "reloaded": reloaded}.items()
+            for name, each in {
+                "model": model, "multimodal": multimodal, "reloaded": reloaded, "pickled": pickled
+            }.items()
         },
         "hidden": base(**inputs).last_hidden_state.double().tolist(),
+        "pickled_hidden": pickled_base(**inputs).last_hidden_state.double().tolist(),
+        "spawned": spawned,
         "ids": model.generate(**inputs, max_new_tokens=5).tolist(),
         "prompt": sorted(processor.apply_chat_template(messages, **chat)),
         "answer": answer,
@@ -131,7 +140,7 @@ def test_classes_come_from_the_checkpoint_and_not_from_the_package(report):
     assert report["packages"] == []
 
 
-@pytest.mark.parametrize("name", ["model", "multimodal", "reloaded"])
+@pytest.mark.parametrize("name", ["model", "multimodal", "reloaded", "pickled"])
 def test_logits_are_equal(name, report, model, batch):
     with torch.no_grad():
         expected = model(**batch).logits
@@ -144,10 +153,15 @@ def test_hidden_states_of_the_base_model_are_equal(report, model, batch):
         expected = model.model(**batch).last_hidden_state
     real = batch["attention_mask"] > 0
     assert torch.allclose(torch.tensor(report["hidden"])[real], expected[real], atol=1e-5)
+    assert report["pickled_hidden"] == report["hidden"]
 
 
 def test_generated_ids_are_equal(report, model, batch):
     assert report["ids"] == model.generate(**batch, max_new_tokens=5).tolist()
+
+
+def test_a_spawned_process_generates_alike(report):
+    assert report["spawned"] == report["ids"]
 
 
 def test_the_pipeline_answers(report, model, prepare, tokenizer, make_image):
