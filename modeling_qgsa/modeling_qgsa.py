@@ -28,7 +28,7 @@ from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
-from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer
+from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer, pointer_zero
 from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .readout_qgsa import read_out
@@ -300,6 +300,9 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             selection=selection,
             **kwargs,
         )
+        if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
+            zero = pointer_zero(self.model.pointer, outputs.last_hidden_state, self.config)
+            outputs.last_hidden_state = outputs.last_hidden_state + zero
         shift_labels = kwargs.pop("shift_labels", None)
         loss_function = partial(self.loss_function, vocab_size=self.config.text_config.vocab_size, **kwargs)
         logits, loss = read_out(self.lm_head, loss_function, outputs, logits_to_keep, labels, shift_labels)

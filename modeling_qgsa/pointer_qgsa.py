@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .configuration_qgsa import QGSAConfig
 from .layout_qgsa import VisualLayout, tile_relevance, token_cells, token_relevance
 from .prompt_qgsa import check_shape
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
@@ -73,6 +74,27 @@ class SelectorPointer:
 
     def match(self, question_state: torch.Tensor, features: torch.Tensor, is_global: torch.Tensor) -> torch.Tensor:
         return self.selector.match_tokens(question_state, features, is_global)
+
+
+def pointer_zero(pointer: Pointer, hidden: torch.Tensor, config: QGSAConfig) -> torch.Tensor:
+    """0, through which every weight of `pointer` gets a gradient: 0.
+
+    An answer teaches the estimator nothing, and without images not even the selector, but DDP waits for a gradient of
+    every trained weight. Added to the hidden states, it reaches every loss that is computed from them. The pointer is
+    called as usual, on a blank glance and question, so that adapters and sharded weights take part. No value of its
+    result is read: this is 0 even if a weight is not finite.
+
+    Args:
+        hidden: `(..., D)`, gives dtype and device.
+
+    Returns a scalar of the dtype of `hidden`.
+    """
+    glance = hidden.new_zeros(1, config.tokens_per_tile, hidden.shape[-1])
+    word = torch.ones_like(glance[:, :1, 0], dtype=torch.bool)
+    pointing = pointer.point(glance[:, :1], word, glance)
+    match = pointer.match(pointing.question_state, glance, is_global=word[0])
+    outputs = (pointing.relevance, pointing.question_state, pointing.complexity_logits, match)
+    return torch.stack([output.flatten()[:0].sum().to(hidden) for output in outputs]).sum()
 
 
 def complexity_at(logits: torch.Tensor, quantile: float) -> torch.Tensor:

@@ -107,8 +107,7 @@ class QGSATrainer(Trainer):
         losses |= self.teacher_losses(base, glance, features, prompt)
         losses |= self.grounding_losses(base.model.selector, glance, prompt, patch_words)
         losses |= self.budget_losses(base, glance, features, prompt)
-        # DDP expects a gradient for every module in use, and the estimator is in use before it is taught.
-        loss = sum(losses.values()) + 0 * glance.complexity_logits.sum()
+        loss = sum(losses.values())
         if not torch.isfinite(loss):
             raise ValueError(
                 f"loss ({loss.item()} at step {self.state.global_step}): must be finite. Its parts: {losses}"
