@@ -1,11 +1,47 @@
-"""Attention of chosen rows (query positions), without ever forming a full attention map."""
+"""Attention of chosen rows (query positions), without a full attention map; which implementations read which masks."""
 
 from collections.abc import Iterator
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .compat_qgsa import causal_mask
+from .configuration_qgsa import Budget
+from .layout_qgsa import VisualLayout
+
+
+def check_reads_4d_masks(config, part: str, purpose: str):
+    """Raise ValueError unless the attention implementation of `config` reads 4D masks, as "sdpa" and "eager" do.
+
+    Flash attention reads 2D padding masks only, and implementations without a registered mask format may read none.
+
+    Args:
+        config: configuration of the text model or of the encoder.
+        part: its name in `set_attn_implementation`.
+        purpose: what needs the mask.
+    """
+    masks, name = ALL_MASK_ATTENTION_FUNCTIONS, config._attn_implementation
+    if masks.get(name) not in (masks["sdpa"], masks["eager"], masks["flex_attention"]):
+        raise ValueError(
+            f"attn_implementation ({name!r} in {part}): {purpose} needs a 4D attention mask, which it does not read. "
+            f'Choose "sdpa" or "eager", such as with model.set_attn_implementation({{"{part}": "sdpa"}})'
+        )
+
+
+def check_attention(model, budget: Budget, layout: VisualLayout, gated: bool):
+    """Raise ValueError, before anything is computed, if a 4D mask may be needed that the model does not read.
+
+    Args:
+        model: a [`QGSASmolVLMModel`].
+        gated: whether gates on the attention keys train the selector.
+    """
+    if gated:
+        check_reads_4d_masks(model.text_model.config, "text_config", "training, which gates the attention keys,")
+    if budget.selection == "blocks":
+        most_tiles = min(budget.max_tiles * len(layout.image_sample), int((~layout.is_global).sum()))
+        if most_tiles > 1:
+            check_reads_4d_masks(model.vision_model.config, "vision_config", 'selection="blocks" with several tiles')
 
 
 def row_attention(

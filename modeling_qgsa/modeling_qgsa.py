@@ -22,6 +22,7 @@ from transformers import GenerationConfig, GenerationMixin, SmolVLMForConditiona
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .attention_qgsa import check_attention
 from .cache_qgsa import Past, drop_seen
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
@@ -123,7 +124,8 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         those of every tile, for the teachers.
         """
         prompt, budget, visual = request.prompt, request.budget, request.visual
-        assert prompt is not None
+        assert prompt is not None and request.layout is not None
+        check_attention(self, budget, request.layout, gated=relaxation is not None)
         # glance, point
         glance = self.glance_and_point(request)
         layout, given = glance.layout, request.token_scores
