@@ -152,7 +152,8 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
         run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in printed] == ["moon", "moon"] and "'visual_tokens_dense': [272]" in printed[1]
+    assert [line.split()[0] for line in printed] == ["moon", "encoder", "moon"]
+    assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[2]
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()
 
 
