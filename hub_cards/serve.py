@@ -6,8 +6,9 @@
     client.chat.completions.create(model="outputs/demo", messages=[...], extra_body={"qgsa": {"max_tiles": 2}})
 
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
-field, `qgsa`, with the number of visual tokens and tiles in use. Neither code nor pickles of a checkpoint are run. The
-server has no authentication: expose it only behind a proxy that provides it.
+field, `qgsa`, with the number of visual tokens and tiles in use. The server measures at its start in which precision
+the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a checkpoint are run. The server has
+no authentication: expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.
@@ -367,7 +368,8 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
 def main():
     with errors_in_one_line():
         run = parse_arguments(ServeArguments, __doc__)
-        app = make_app(*load(run.model, run.device), run)
+        model, processor = load(run.model, run.device)
+        app = make_app(model.tune(), processor, run)
     connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
     uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
 

@@ -224,6 +224,7 @@ def main():
     )
     try:
         model, processor = load(parser.parse_args().model)
+        model.tune()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     # The first answer of a process is slower than all others and would count against QGSA.

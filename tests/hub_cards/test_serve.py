@@ -41,7 +41,7 @@ def script():
     """The script, started first: its imports take seconds, in parallel with the tests."""
     command = [sys.executable, "hub_cards/serve.py", "--port", "0", "--max_pixels", "1000"]
     root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.terminate()
 
@@ -584,7 +584,7 @@ def test_urls_that_are_not_fetched(path, options, message, files):
 
 def test_the_script_listens_on_loopback_only(script):
     url = next(re.findall(r"http://\S+", line)[0] for line in script.stderr if "running on" in line)
-    assert url.startswith("http://127.0.0.1:")
+    assert url.startswith("http://127.0.0.1:") and script.stdout.readline().startswith("encoder tuned: ")
     assert connect(url).models.list().data[0].id == NAME
     with pytest.raises(openai.BadRequestError, match="the limit is 1000"):
         connect(url).chat.completions.create(model=NAME, messages=[user("what?", NOISE)])

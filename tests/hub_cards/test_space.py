@@ -143,7 +143,7 @@ def server(tmp_path_factory):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield address
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None and "encoder tuned: " in log.read_text(), log.read_text()
     finally:
         process.terminate()
         try:
