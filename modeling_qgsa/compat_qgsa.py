@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
@@ -132,6 +133,12 @@ def bidirectional_mask(config, inputs_embeds: torch.Tensor, attention_mask: torc
     arguments["past_key_values"] = None
     arguments["or_mask_function"] = lambda sample, head, query, key: key >= 0  # what comes later is seen, too
     return create_causal_mask(**arguments)
+
+
+def is_checkpointing(model) -> bool:
+    """Whether activation checkpointing is on. Stock's property has another name since 5.23, and the old one warns."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(layer.gradient_checkpointing for layer in layers)
 
 
 def tile_features(outputs) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SmolVLMPreTrainedModel
 from transformers.utils import logging
 
+from .compat_qgsa import is_checkpointing
 from .configuration_qgsa import QGSAConfig
 from .selector_qgsa import FORMER_NAMES, QuestionGuidedSelector
 
@@ -29,6 +30,11 @@ class QGSAPreTrainedModel(SmolVLMPreTrainedModel):
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
         """As in transformers; also loads the weight names of version 0.2. `key_mapping` renames further weights."""
         return super().from_pretrained(*args, key_mapping=FORMER_NAMES | (key_mapping or {}), **kwargs)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As stock's, without its deprecation warning: PEFT reads it of every model that it wraps."""
+        return is_checkpointing(self)
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs

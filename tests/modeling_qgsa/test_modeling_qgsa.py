@@ -452,6 +452,7 @@ def test_activation_checkpointing_gives_the_same_gradients(trainable, labelled):
         if checkpointing:
             enable = "activation" if hasattr(trainable, "activation_checkpointing_enable") else "gradient"
             getattr(trainable, f"{enable}_checkpointing_enable")()  # renamed within transformers 5
+        assert trainable.is_gradient_checkpointing == checkpointing  # read by PEFT; stock's warns since 5.23
         torch.manual_seed(5)
         trainable.zero_grad()
         trainable(**labelled).loss.backward()

@@ -169,15 +169,28 @@ def test_systems_are_a_list_or_one_string(systems):
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
+def finished(tmp_path_factory):
+    """A finished process, and its output folder: the demo as `make demo` runs it, on a machine without a GPU."""
     output = tmp_path_factory.mktemp("outputs") / "smoke"
     result = run_script(
-        *("--preset", "demo", "--base_model", "tiny", "--max_steps", "2", "--test_size", "8", "--use_cpu", "true"),
+        *("--preset", "demo", "--base_model", "tiny", "--max_steps", "2", "--test_size", "8"),
         *("--per_device_train_batch_size", "2", "--systems", "dense", "random", "qgsa", "--output_dir", str(output)),
+        CUDA_VISIBLE_DEVICES="",
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return result, output
+
+
+@pytest.fixture(scope="module")
+def output(finished):
+    return finished[1]
+
+
+def test_a_run_prints_its_table_and_folder_and_no_warning(finished):
+    result, output = finished
     assert "| qgsa |" in result.stdout and str(output) in result.stdout
-    return output
+    said = [line for line in (result.stdout + result.stderr).splitlines() if re.search("warn|deprecat", line, re.I)]
+    assert said == []
 
 
 def test_a_run_leaves_results_card_and_figures(output):

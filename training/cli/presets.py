@@ -77,7 +77,8 @@ def parse_arguments(
         folder, default: the script's presets, and the one that is used if none is named.
 
     Raises SystemExit with a one-line message for an unknown preset or option, or an invalid value. The training
-    arguments are set to keep the columns that only the collator reads, and to report to no tracker.
+    arguments are set to keep the columns that only the collator reads, to report to no tracker, and to pin no memory
+    without an accelerator.
     """
     if "--help_all" in arguments:
         show_help(kinds, description, folder, default)
@@ -86,6 +87,7 @@ def parse_arguments(
     preset, arguments = read_preset(arguments, folder, default)
     *groups, args = Parser(kinds, add_help=False).parse(arguments)
     args.remove_unused_columns, args.report_to = False, []
+    args.dataloader_pin_memory &= args.device.type != "cpu"  # DataLoader warns where there is nothing to pin it for
     return preset, *groups, args
 
 

@@ -1,6 +1,7 @@
 """Presets: how they are read, and that every one of them is understood."""
 
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -121,6 +122,8 @@ def test_every_preset_of_the_stand_in_is_understood(name):
 def test_the_training_arguments_suit_our_collators():
     *_, args = parse("--preset", "demo", "--report_to", "tensorboard")
     assert args.remove_unused_columns is False and args.report_to == []
+    *_, args = parse_arguments(["--preset", "demo"], "", KINDS)
+    assert args.dataloader_pin_memory == torch.accelerator.is_available(), "without one, DataLoader warns"
 
 
 def test_files_and_names_agree():

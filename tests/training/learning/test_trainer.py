@@ -19,9 +19,6 @@ from training.learning.trainer import QGSATrainer
 from training.learning.training_arguments import QGSATrainingArguments
 
 
-# peft reads an attribute that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-
 OWN = ("selector.", "complexity_estimator.")
 
 
