@@ -24,7 +24,7 @@ environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other 
 	.venv-$*/bin/python -m pip install --quiet transformers==$*
 	touch $@
 
-demo: install  ## train question-guided selection on cards, show table and pictures (8 minutes on two cores)
+demo: install  ## train question-guided selection on cards, show results (about 8 minutes on two cores with AVX-512, 10 with AVX2 only)
 	$(BIN)/python training/run_qgsa.py --preset demo
 
 test: install  ## run the tests

@@ -62,6 +62,12 @@ def test_pre_commit_runs_the_checks_of_make_quality():
         assert command in make
 
 
+@pytest.mark.parametrize("name", ["README.md", "Makefile", "training/run_qgsa.py", "training/presets/demo.yaml"])
+def test_the_time_of_the_demo_names_the_processor(name):
+    text = (ROOT / name).read_text()
+    assert "about 8 minutes on two cores with AVX-512, 10 with AVX2 only" in text and text.count("8 minutes") == 1
+
+
 def test_tools_are_constrained_and_no_index_is_named():
     dev = {re.split("[>=<\\[]", name)[0] for name in PROJECT["optional-dependencies"]["dev"]} - {"qgsa-smolvlm"}
     assert {name.replace("-", "_") for name in dev} <= {name.replace("-", "_") for name in CONSTRAINTS}

@@ -1,6 +1,7 @@
 """Train and evaluate question-guided selection for SmolVLM.
 
-The demo, offline, within 8 minutes on two cores (table, figures and checkpoint in outputs/demo):
+The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
+(table, figures and checkpoint in outputs/demo):
 
     python training/run_qgsa.py
 
