@@ -151,8 +151,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         keep = positions_to_keep(prompt.attention_mask, layout, stays)
         (embeds, mask, positions, *log_gates), keep_indices = splice(keep, *spliced)
         mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
-        if request.shown is not None:
-            mask = torch.cat([request.shown, mask], 1)
+        mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         return Prefill(text_inputs, describe_selection(glance, kept, tiles, keep_indices), glance, features)
 
@@ -189,10 +188,8 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if not request.selects:
             stock = past.continue_text(self.embed_tuned(request.stock))
             return QGSABaseModelOutputWithPast(**super().forward(**stock, past_key_values=past_key_values, **rest))
-        relaxation = None
-        if self.training and request.token_scores is None:
-            relaxation = Relaxation.of(request)
-        prefill = self.prefill(request, relaxation)
+        relaxes = self.training and request.token_scores is None
+        prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
         outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
         past.note(outputs.past_key_values, prefill, input_ids.shape[1])
         return QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
@@ -309,8 +306,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         shift_labels = kwargs.pop("shift_labels", None)
         loss_function = partial(self.loss_function, vocab_size=self.config.text_config.vocab_size, **kwargs)
         logits, loss = read_out(self.lm_head, loss_function, outputs, logits_to_keep, labels, shift_labels)
-        glance = outputs.glance if self.training else None
-        return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits, glance=glance)
+        outputs.glance = outputs.glance if self.training else None
+        return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -373,8 +370,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         options |= continued_inputs(text_inputs, past.slots)
         output = super().generate(ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
-            output["selection"] = prefill.selection if prefill else None
-            cache = output.get("past_key_values")
+            cache, output["selection"] = output.get("past_key_values"), prefill.selection if prefill else None
         if prefill:
             past.note(cache, prefill, request.stock["input_ids"].shape[1])
         return output
