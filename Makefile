@@ -1,4 +1,4 @@
-.PHONY: help install environments demo test slow quality style clean
+.PHONY: help install environments upstream demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -26,6 +26,15 @@ environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other 
 	.venv-$*/bin/python -m pip install --quiet transformers==$*
 	touch $@
 
+upstream: .upstream/fetched  ## fetch transformers' own tests, which tests/upstream runs on our classes
+
+.upstream/fetched: VERSION = $(shell sed -n 's/^transformers==//p' constraints.txt)
+.upstream/fetched: constraints.txt .venv/installed
+	rm -rf .upstream
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers transformers==$(VERSION) --dest .upstream
+	tar -xzf .upstream/transformers-$(VERSION).tar.gz -C .upstream --strip-components 1 transformers-$(VERSION)/tests
+	touch $@
+
 demo: install  ## train question-guided selection on cards, show results (about 8 minutes on two cores with AVX-512, 10 with AVX2 only)
 	$(BIN)/python training/run_qgsa.py --preset demo
 
@@ -47,4 +56,4 @@ style: install  ## fix formatting
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and all outputs
-	rm -rf .venv .venv-* outputs
+	rm -rf .venv .venv-* .upstream outputs

@@ -1,0 +1,200 @@
+"""transformers' common tests of models, on stock SmolVLM and on ours: what passes on stock passes on ours.
+
+Exceptions, each with its reason at the test that stands in its place:
+
+- test_model_outputs_equivalence, with a selection: the upstream test subtracts outputs, the selection holds booleans.
+- test_attention_outputs, with a budget: attention is that among the kept positions.
+"""
+
+import copy
+import unittest
+from unittest.mock import patch
+
+import torch
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from upstream_tests import load
+
+from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
+
+
+common = load("test_modeling_common")
+generation = load("generation.test_utils")
+
+TILES, GLOBAL, END, FAKE, NEWLINE, IMAGE = list(range(3, 39)), 39, 40, 41, 42, 43
+VISION = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "initializer_range": 0.02,
+}
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "rope_theta": 10000.0,
+    "attention_dropout": 0.0,
+}
+
+
+class Tester:
+    """Makes a tiny configuration and prompts: an image of 1 x 2 tiles with its markers, a question, a few words."""
+
+    __test__ = False
+    is_training = True
+    batch_size = 3
+    vocab_size, hidden_size = TEXT["vocab_size"], TEXT["hidden_size"]
+    num_hidden_layers, num_attention_heads = TEXT["num_hidden_layers"], TEXT["num_attention_heads"]
+    tiles, tokens_per_tile, question, words = 3, 4, 8, 3
+
+    def __init__(self, config_class, **fields):
+        self.config_class, self.fields = config_class, fields
+        self.seq_length = len(self.image()) + self.question + 1 + self.words
+        self.encoder_seq_length = self.seq_length
+
+    def image(self):
+        tokens = [IMAGE] * self.tokens_per_tile
+        rows = [FAKE, TILES[0], *tokens, FAKE, TILES[1], *tokens, NEWLINE, NEWLINE]
+        return [*rows, FAKE, GLOBAL, *tokens, FAKE]
+
+    def get_config(self):
+        return self.config_class(
+            image_token_id=IMAGE,
+            scale_factor=2,
+            tie_word_embeddings=False,
+            use_cache=False,
+            vision_config=dict(VISION),
+            text_config=dict(TEXT),
+            **self.fields,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        words = common.ids_tensor([self.batch_size, self.question + 1 + self.words], 40) + 45
+        words[:, self.question] = END
+        image = torch.tensor(self.image(), device=words.device).expand(self.batch_size, -1)
+        input_ids = torch.cat([image, words], 1)
+        inputs = {
+            "pixel_values": common.floats_tensor([self.batch_size, self.tiles, 3, 16, 16]),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
+        return config, inputs
+
+
+class StockTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (SmolVLMModel, SmolVLMForConditionalGeneration)
+    _is_composite = True
+    skip_test_image_features_output_shape = True  # one row per tile
+    config_class: type = SmolVLMConfig
+    fields: dict = {}
+
+    def setUp(self):
+        self.model_tester = Tester(self.config_class, **self.fields)
+
+
+MARKERS = {
+    "tile_token_ids": TILES,
+    "global_image_token_id": GLOBAL,
+    "end_of_utterance_token_id": END,
+    "selector_hidden_size": 32,
+}
+
+
+class DenseTest(StockTest):
+    all_model_classes = (QGSASmolVLMModel, QGSASmolVLMForConditionalGeneration)
+    config_class = QGSAConfig
+    fields = MARKERS | {"selection": "dense"}
+
+    def setUp(self):
+        super().setUp()
+        # The common tests look up in these tables which class is a base model, and which one takes labels.
+        for table, name in (
+            (MODEL_MAPPING_NAMES, "QGSASmolVLMModel"),
+            (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "QGSASmolVLMForConditionalGeneration"),
+        ):
+            entry = patch.dict(table, {"qgsa_smolvlm": name})
+            entry.start()
+            self.addCleanup(entry.stop)
+
+
+class WholeTest(DenseTest):
+    """Everything is in the budget."""
+
+    fields = MARKERS | {
+        "selection": "before_encoder",
+        "min_tiles": 2,
+        "max_tiles": 2,
+        "min_visual_tokens": 12,
+        "max_visual_tokens": 12,
+    }
+
+    def test_model_outputs_equivalence(self):
+        """Upstream subtracts every output from itself for its message, which booleans do not allow."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        asked = ({}, {"output_hidden_states": True}, {"output_attentions": True})
+        for model_class in self.all_model_classes:
+            model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+            for options in asked:
+                for with_labels in (False, True):
+                    given = self._prepare_for_class(inputs, model_class, return_labels=with_labels)
+                    with torch.no_grad():
+                        as_tuple = model(**given, **options, return_dict=False)
+                        as_dict = model(**given, **options, return_dict=True)
+                    self.assert_alike(as_tuple, as_dict.to_tuple())
+
+    def assert_alike(self, one, two):
+        if torch.is_tensor(one):
+            self.assertTrue(torch.equal(one, two))
+        elif isinstance(one, (list, tuple)):
+            self.assertEqual(len(one), len(two))
+            for each, other in zip(one, two):
+                self.assert_alike(each, other)
+        elif isinstance(one, dict):
+            self.assert_alike(tuple(one.values()), tuple(two.values()))
+
+
+class FewTest(WholeTest):
+    """One tile of two and 5 visual tokens of 12."""
+
+    fields = MARKERS | {
+        "selection": "before_encoder",
+        "min_tiles": 1,
+        "max_tiles": 1,
+        "min_visual_tokens": 5,
+        "max_visual_tokens": 5,
+    }
+
+    def test_attention_outputs(self):
+        """Upstream expects attention among all positions; ours is among those that were kept, and is causal."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+            given = self._prepare_for_class(inputs, model_class)
+            with torch.no_grad():
+                outputs = model(**given, output_attentions=True, output_hidden_states=True)
+            real = outputs.selection.keep_indices >= 0  # rows of padding attend to anything
+            kept = real.shape[1]
+            self.assertLess(kept, self.model_tester.seq_length)
+            self.assertEqual(len(outputs.attentions), self.model_tester.num_hidden_layers)
+            for attention in outputs.attentions:
+                shape = (self.model_tester.batch_size, self.model_tester.num_attention_heads, kept, kept)
+                self.assertEqual(attention.shape, shape)
+                self.assertFalse((attention * real[:, None, :, None]).triu(1).any())
+            self.assertEqual(len(outputs.hidden_states), self.model_tester.num_hidden_layers + 1)
