@@ -1,5 +1,6 @@
 """Models in other processes: pickled, sent to spawned workers, and trained by several processes together."""
 
+import functools
 import json
 import os
 import pickle
@@ -87,40 +88,40 @@ def test_a_spawned_worker(kind, stock, exported, asked, tmp_path):
 # Two processes
 
 
-def train(folder, processes, kind, *options):
-    """Run `train_in_processes.py`; the report of each process."""
-    folder.mkdir()
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, TRAIN, HUB, folder, kind, *options],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment(PYTHONPATH=str(HUB.parent)),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs `train_in_processes.py`, once for each kind and number of processes; the report of each process."""
+
+    @functools.cache
+    def train(kind, processes):
+        folder = tmp_path_factory.mktemp("trained")
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [*launcher, TRAIN, HUB, folder, kind],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment(PYTHONPATH=str(HUB.parent)),
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+    return train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("unused", "checkpointing"),
-    [("default", "none"), ("refused", "none"), ("default", "reentrant"), ("default", "non-reentrant")],
-)
-def test_two_processes(kind, unused, checkpointing, tmp_path):
-    """Both processes end with the same weights; without random budgets, with those of one process on both batches.
-
-    Trainer looks for unused weights by default, but not under checkpointing; "refused" never looks.
-    """
-    together = train(tmp_path / "two", 2, kind, unused, checkpointing)
-    assert together[0]["weights"] == together[1]["weights"]
-    assert together[0]["losses"] == together[1]["losses"] and len(together[0]["losses"]) == 2
+@pytest.mark.parametrize("scenario", ["default", "not looked for", "reentrant", "non-reentrant"])
+def test_two_processes(kind, scenario, trained):
+    """Both processes end with the same weights; without random budgets, with those of one process on both batches."""
+    one, two = (report[scenario] for report in trained(kind, 2))
+    assert "error" not in one, one["error"]
+    assert one == two and len(one["losses"]) == 2
     if kind in ("stock", "dense"):
-        alone = train(tmp_path / "one", 1, kind, unused, checkpointing)[0]
-        assert together[0]["losses"] == pytest.approx(alone["losses"], abs=1e-3)
-        assert together[0]["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+        alone = trained(kind, 1)[0][scenario]
+        assert one["losses"] == pytest.approx(alone["losses"], abs=1e-3)
+        assert one["weights"] == pytest.approx(alone["weights"], rel=1e-4)
     else:
-        assert together[0]["moved"]["model.selector."] > 0
+        assert one["selector moved"]
