@@ -2,7 +2,10 @@
 
 Exceptions, each with its reason at the test that stands in its place:
 
-- test_model_outputs_equivalence, with a selection: the upstream test subtracts outputs, the selection holds booleans.
+- test_model_outputs_equivalence, with a selection: upstream subtracts outputs, and a selection holds booleans.
+- test_inputs_embeds and test_inputs_embeds_matches_input_ids, with a selection: embeddings beside images are refused,
+  as layout and question are read from ids.
+- test_retain_grad_hidden_states_attentions, with a selection: hidden states are copies at the positions of the prompt.
 - test_attention_outputs, with a budget: attention is that among the kept positions.
 """
 
@@ -21,7 +24,7 @@ from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration, QGSAS
 common = load("test_modeling_common")
 generation = load("generation.test_utils")
 
-TILES, GLOBAL, END, FAKE, NEWLINE, IMAGE = list(range(3, 39)), 39, 40, 41, 42, 43
+TILES, GLOBAL, END, FAKE, NEWLINE, IMAGE, ASSISTANT = list(range(3, 39)), 39, 40, 41, 42, 43, 44
 VISION = {
     "image_size": 16,
     "patch_size": 4,
@@ -54,18 +57,18 @@ TEXT = {
 
 
 class Tester:
-    """Makes a tiny configuration and prompts: an image of 1 x 2 tiles with its markers, a question, a few words."""
+    """Makes a tiny configuration and prompts: an image of 1 x 2 tiles with its markers, a question, a short answer."""
 
     __test__ = False
     is_training = True
     batch_size = 3
     vocab_size, hidden_size = TEXT["vocab_size"], TEXT["hidden_size"]
     num_hidden_layers, num_attention_heads = TEXT["num_hidden_layers"], TEXT["num_attention_heads"]
-    tiles, tokens_per_tile, question, words = 3, 4, 8, 3
+    tiles, tokens_per_tile, question, answer = 3, 4, 8, 2
 
     def __init__(self, config_class, **fields):
         self.config_class, self.fields = config_class, fields
-        self.seq_length = len(self.image()) + self.question + 1 + self.words
+        self.seq_length = len(self.image()) + self.question + 2 + self.answer
         self.encoder_seq_length = self.seq_length
 
     def image(self):
@@ -86,8 +89,8 @@ class Tester:
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
-        words = common.ids_tensor([self.batch_size, self.question + 1 + self.words], 40) + 45
-        words[:, self.question] = END
+        words = common.ids_tensor([self.batch_size, self.question + 2 + self.answer], 40) + 45
+        words[:, self.question], words[:, self.question + 1] = END, ASSISTANT
         image = torch.tensor(self.image(), device=words.device).expand(self.batch_size, -1)
         input_ids = torch.cat([image, words], 1)
         inputs = {
@@ -113,6 +116,7 @@ MARKERS = {
     "tile_token_ids": TILES,
     "global_image_token_id": GLOBAL,
     "end_of_utterance_token_id": END,
+    "assistant_token_ids": [ASSISTANT],
     "selector_hidden_size": 32,
 }
 
@@ -158,6 +162,32 @@ class WholeTest(DenseTest):
                         as_tuple = model(**given, **options, return_dict=False)
                         as_dict = model(**given, **options, return_dict=True)
                     self.assert_alike(as_tuple, as_dict.to_tuple())
+
+    def test_inputs_embeds(self):
+        """Upstream leaves the ids out: a selection reads layout and question from them. Text alone needs none."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(copy.deepcopy(config)).eval()
+            given = self._prepare_for_class(inputs, model_class)
+            ids, text = given.pop("input_ids"), inputs["input_ids"][:, -self.model_tester.question :]
+            embed = model.get_input_embeddings()
+            with self.assertRaisesRegex(ValueError, 'from input_ids.*selection="dense"'):
+                model(**given, inputs_embeds=embed(ids))
+            with torch.no_grad():
+                self.assertTrue(torch.equal(model(inputs_embeds=embed(text))[0], model(text)[0]))
+
+    def test_inputs_embeds_matches_input_ids(self):
+        self.skipTest("embeddings beside images are refused, see test_inputs_embeds")
+
+    def test_retain_grad_hidden_states_attentions(self):
+        """Upstream asks for the gradient of a returned hidden state; ours are copies at the prompt's positions."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.all_model_classes[0]._from_config(copy.deepcopy(config), attn_implementation="eager")
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+        outputs.attentions[0].retain_grad()
+        outputs.hidden_states[-1].flatten()[0].backward()
+        self.assertIsNotNone(outputs.attentions[0].grad)
+        self.assertTrue(torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state))
 
     def assert_alike(self, one, two):
         if torch.is_tensor(one):
