@@ -33,7 +33,9 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
             "glance": prefill.glance,
         }
         if outputs.hidden_states is not None:
-            made["hidden_states"] = tuple(take_columns(each, columns) for each in outputs.hidden_states)
+            made["hidden_states"] = tuple(  # None for a layer that was not asked for
+                None if each is None else take_columns(each, columns) for each in outputs.hidden_states
+            )
         return cls(**{**outputs, **made})
 
 

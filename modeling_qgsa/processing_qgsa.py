@@ -53,8 +53,8 @@ class QGSAProcessor(Idefics3Processor):
         check_parts(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def __call__(self, images=None, text=None, lazy_tiles: bool | None = None, videos=None, audio=None, **kwargs):
-        check_media(videos=videos, audio=audio, audios=kwargs.pop("audios", None))
+    def __call__(self, images=None, text=None, lazy_tiles: bool | None = None, **kwargs):
+        check_media(**{name: kwargs.pop(name, None) for name in ("videos", "audio", "audios")})
         options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         check_edges(options)
         rescale = options.get("do_rescale")
