@@ -1,7 +1,7 @@
 """transformers' common tests of processors, on stock's and on ours: what passes on stock passes on ours.
 
-Exceptions: stock fails test_call_arguments_not_in_attributes, which ours passes; the tests of a saved processor run
-without its code, see `OwnTest`.
+Exceptions: stock fails test_call_arguments_not_in_attributes, which ours passes; the error for mismatching numbers of
+images is worded differently; the tests of a saved processor run without its code, see `OwnTest`.
 """
 
 import unittest
@@ -40,6 +40,20 @@ class StockTest(common.ProcessorTesterMixin, unittest.TestCase):
 
 class OwnTest(StockTest):
     processor_class = QGSAProcessor
+
+    @staticmethod
+    def does_processor_return_mm_offsets(processor_class, method_name):
+        """Upstream compares with the parent class, which is stock's processor here."""
+        return StockTest.does_processor_return_mm_offsets(Idefics3Processor, method_name)
+
+    def test_if_input_has_mismatching_tokens_and_mm_data(self):
+        """Upstream expects stock's words; ours names the numbers of all prompts."""
+        processor = self.get_processor()
+        text = self.prepare_text_inputs(batch_size=3, modalities=["image"])
+        for count in (2, 4):
+            images = [[image] for image in self.prepare_images_inputs(batch_size=count)]
+            with self.assertRaisesRegex(ValueError, r"the prompts name \[1, 1, 1\] images, but \[1, 1.* are given"):
+                processor(text=text, images=images, return_tensors="pt", padding=True)
 
     # The common tests compare a processor that was saved with one that was loaded. Saving it with its code adds an
     # auto_map and loading does not; `tests/modeling_qgsa/test_remote_code.py` tests that.
