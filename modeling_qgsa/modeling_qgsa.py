@@ -163,11 +163,6 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         step, dtype = self.config.tiles_per_step, self.text_model.dtype
         return encode_in_steps(encode, pixel_values, pixel_attention_mask, step, dtype)
 
-    def embed_tuned(self, stock: dict[str, Any]) -> dict[str, Any]:
-        """The `stock` inputs as SmolVLM's own forward can take them, even if the encoder was tuned."""
-        encodes = stock["pixel_values"] is not None or "mm_encoder_outputs" in stock
-        return embed_dense(self, stock) if self.is_tuned and encodes else stock
-
     @can_return_tuple
     def forward(
         self,
@@ -185,14 +180,20 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
         past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
         request = Request.take(self.config, rest, past)
-        if not request.selects:
-            stock = past.continue_text(self.embed_tuned(request.stock))
-            return QGSABaseModelOutputWithPast(**super().forward(**stock, past_key_values=past_key_values, **rest))
-        relaxes = self.training and request.token_scores is None
-        prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
-        outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
-        past.note(outputs.past_key_values, prefill, input_ids.shape[1])
-        return QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
+        if request.selects:
+            relaxes = self.training and request.token_scores is None
+            prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
+            outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
+            past.note(outputs.past_key_values, prefill, input_ids.shape[1])
+            outputs = QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
+        else:
+            stock = embed_dense(self, request.stock) if self.is_tuned and request.shows_images else request.stock
+            outputs = super().forward(**past.continue_text(stock), past_key_values=past_key_values, **rest)
+            outputs = QGSABaseModelOutputWithPast(**outputs)
+        if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
+            zero = pointer_zero(self.pointer, outputs["last_hidden_state"], self.config)
+            outputs["last_hidden_state"] = outputs["last_hidden_state"] + zero
+        return outputs
 
 
 class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditionalGeneration, GenerationMixin):
@@ -300,14 +301,11 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             selection=selection,
             **kwargs,
         )
-        if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
-            zero = pointer_zero(self.model.pointer, outputs.last_hidden_state, self.config)
-            outputs.last_hidden_state = outputs.last_hidden_state + zero
         shift_labels = kwargs.pop("shift_labels", None)
         loss_function = partial(self.loss_function, vocab_size=self.config.text_config.vocab_size, **kwargs)
         logits, loss = read_out(self.lm_head, loss_function, outputs, logits_to_keep, labels, shift_labels)
-        outputs.glance = outputs.glance if self.training else None
-        return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits)
+        glance = outputs.glance if self.training else None
+        return QGSACausalLMOutputWithPast.of(outputs, loss=loss, logits=logits, glance=glance)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Processor of QGSA-SmolVLM: that of Idefics3, plus the question mask and pictures of the selection."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,9 @@ class QGSAProcessor(Idefics3Processor):
         check_parts(conversation)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def __call__(self, images=None, text=None, lazy_tiles: bool | None = None, **kwargs):
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, lazy_tiles: bool | None = None, **kwargs
+    ):
         check_media(**{name: kwargs.pop(name, None) for name in ("videos", "audio", "audios")})
         options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         check_edges(options)

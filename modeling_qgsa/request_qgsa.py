@@ -264,6 +264,11 @@ class Request:
         """Whether there is something to select: otherwise the stock model takes the inputs as they are."""
         return self.prompt is not None
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether the inputs of the stock model hold images, encoded or not."""
+        return self.stock["pixel_values"] is not None or "mm_encoder_outputs" in self.stock
+
     def check_selects(self):
         """Raise ValueError if there is nothing to select."""
         if self.budget.selection == "dense":
