@@ -18,9 +18,9 @@ class VisualCache:
 
     Passed to `generate`, `select` or `forward` as `visual_cache`, it makes the next question about the same images pay
     only for new tiles (blocks of tiles are not kept: their features depend on their neighbours). A tile is identified
-    by its pixels and by the present weights of the encoder, so one cache may serve several images and models. With a
-    cache, tiles are encoded one at a time: answers equal those of a model with `tiles_per_step=1`, bit for bit.
-    Changes of weights that accelerate has offloaded cannot be seen: take a new cache after them.
+    by its pixels and by the present weights and adapters of the encoder, so one cache may serve several images and
+    models. With a cache, tiles are encoded one at a time: answers equal those of a model with `tiles_per_step=1`, bit
+    for bit. Changes of weights that accelerate has offloaded cannot be seen: take a new cache after them.
 
     Args:
         max_bytes (`int`, defaults to 256 MiB): maximum size of the features held; the least recently used are dropped
@@ -143,7 +143,12 @@ def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: t
         raise ValueError("visual_cache is for inference, but the model is in training mode: call model.eval()")
     weights = [*model.vision_model.parameters(), *model.connector.parameters()]
     versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
-    encoder = (weakref.ref(model.vision_model), hash(versions))
+    parts = [*model.vision_model.modules(), *model.connector.modules()]
+    # Adapters are switched on and off by attributes of their modules, with all weights left in place.
+    switches = tuple(
+        str(value) for part in parts for value in vars(part).values() if isinstance(value, bool | str | list)
+    )
+    encoder = (weakref.ref(model.vision_model), hash((versions, switches)))
     features = []
     for tile in tiles.nonzero()[:, 0].tolist():
         key = (encoder, visual.key(layout, tile))

@@ -2,6 +2,7 @@ from copy import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.request_qgsa import VisualInputs
@@ -248,6 +249,18 @@ def test_a_cache_knows_every_weight_of_the_encoder(make_model, single, part):
         model.model.get_submodule(part).weight.mul_(2)
     expected = logits(model.tune(tiles_per_step=1), single)
     assert torch.equal(logits(model, single, visual_cache=cache), expected)
+
+
+def test_a_cache_knows_adapters_that_are_switched_off(make_model, single):
+    model, cache = make_model().tune(tiles_per_step=1), VisualCache()
+    adapter = LoraConfig(target_modules=r".*vision_model.*q_proj", init_lora_weights=False)
+    adapted = get_peft_model(model, adapter).eval()
+    with_adapter = logits(adapted, single, visual_cache=cache)
+    with adapted.disable_adapter():
+        expected = logits(adapted, single)
+        assert not torch.equal(expected, with_adapter)
+        assert torch.equal(logits(adapted, single, visual_cache=cache), expected)
+    assert torch.equal(logits(adapted, single, visual_cache=cache), with_adapter)
 
 
 def test_a_cache_knows_how_pixels_are_scaled(make_model, prepare, samples):
