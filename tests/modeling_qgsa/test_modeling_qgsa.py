@@ -17,22 +17,6 @@ TWO_TILES = {"min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 20, "max_visua
 WHOLE = {"min_tiles": 16, "max_tiles": 16, "min_visual_tokens": 272, "max_visual_tokens": 272}
 
 
-@pytest.fixture
-def trainable(make_model):
-    return make_model().train()
-
-
-@pytest.fixture(scope="module")
-def labelled(stock_processor, make_image):
-    """Right-padded questions with their answers."""
-    return QuestionCollator(stock_processor)(
-        [
-            {"image": make_image(3), "question": "what shape is on the red card?", "answer": "star"},
-            {"image": make_image(4, 256, 64), "question": "where is it?", "answer": "row 1 column 3"},
-        ]
-    )
-
-
 @pytest.fixture(scope="module")
 def one_tile(stock_processor, make_image):
     """The same for images of a single tile, whose markers always stay."""

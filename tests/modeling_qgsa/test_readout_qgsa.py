@@ -6,22 +6,10 @@ from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_qgsa.readout_qgsa import columns_of_positions, labels_of_kept, shift_labels_of_kept
-from training.data.collator import QuestionCollator
 
 
 VARIANTS = ("before_encoder", "after_encoder", "blocks")
 WHOLE = {"min_tiles": 16, "max_tiles": 16, "min_visual_tokens": 272, "max_visual_tokens": 272}
-
-
-@pytest.fixture(scope="module")
-def labelled(stock_processor, make_image):
-    """Right-padded questions with their answers."""
-    return QuestionCollator(stock_processor)(
-        [
-            {"image": make_image(3), "question": "what shape is on the red card?", "answer": "star"},
-            {"image": make_image(4, 256, 64), "question": "where is it?", "answer": "row 1 column 3"},
-        ]
-    )
 
 
 def kept_mask(selection, length):

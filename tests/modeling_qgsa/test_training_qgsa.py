@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
-from training.data.collator import QuestionCollator
-
 
 ROOT = Path(__file__).parents[2]
 OWN = ["selector", "complexity_estimator"]
@@ -23,21 +21,6 @@ REENTRANT = {"use_reentrant": True}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.(is_)?gradient_checkpointing(_enable|_kwargs)?. is deprecated:FutureWarning"
 )
-
-
-@pytest.fixture
-def trainable(make_model):
-    return make_model().train()
-
-
-@pytest.fixture(scope="module")
-def labelled(stock_processor, make_image):
-    return QuestionCollator(stock_processor)(
-        [
-            {"image": make_image(3), "question": "what shape is on the red card?", "answer": "star"},
-            {"image": make_image(4, 256, 64), "question": "where is it?", "answer": "row 1 column 3"},
-        ]
-    )
 
 
 @pytest.fixture(scope="module")
