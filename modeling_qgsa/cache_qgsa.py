@@ -17,6 +17,11 @@ VISUAL_NAMES = ("pixel_values", "pixel_attention_mask", "image_hidden_states", "
 NOTE = "qgsa_prompt"  # attribute of a cache: what was spliced into it has to travel with it, through copies too
 
 
+def is_spliced(cache) -> bool:
+    """Whether a selection is in `cache`, without asking for its length: a static cache keeps that on the device."""
+    return cache is not None and NOTE in vars(cache)
+
+
 @dataclass(frozen=True)
 class Past:
     """The conversation behind a cache: up to its last selection as noted here, then one position in each slot.

@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_qgsa import check_attention
-from .cache_qgsa import Past, drop_seen
+from .cache_qgsa import Past, drop_seen, is_spliced
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
@@ -178,17 +178,19 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
         text = (input_ids, attention_mask, position_ids, inputs_embeds)
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
-        past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
-        request = Request.take(self.config, rest, past)
+        request = Request.take(self.config, rest, past_key_values)
         if request.selects:
             relaxes = self.training and request.token_scores is None
             prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
             outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
-            past.note(outputs.past_key_values, prefill, input_ids.shape[1])
+            request.past.note(outputs.past_key_values, prefill, input_ids.shape[1])
             outputs = QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
         else:
             stock = embed_dense(self, request.stock) if self.is_tuned and request.shows_images else request.stock
-            outputs = super().forward(**past.continue_text(stock), past_key_values=past_key_values, **rest)
+            if is_spliced(past_key_values):
+                past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
+                stock = past.continue_text(stock)
+            outputs = super().forward(**stock, past_key_values=past_key_values, **rest)
             outputs = QGSABaseModelOutputWithPast(**outputs)
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
             zero = pointer_zero(self.pointer, outputs["last_hidden_state"], self.config)
@@ -359,7 +361,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         cache = kwargs.get("past_key_values")
         past = Past.of(cache, kwargs.get("inputs_embeds") if ids is None else ids)
         options = drop_seen(kwargs, past, self.config) if past.slots else dict(kwargs)
-        request = Request.take(self.config, options, past)
+        request = Request.take(self.config, options, cache)
         if not request.selects and not past.length:
             return self._generate_dense(kwargs)
         check_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)

@@ -1,7 +1,8 @@
 """The inputs of one call: prompt, visual inputs and budget, checked. Sizes as in `layout_qgsa`."""
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,6 +194,7 @@ class Request:
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
         question_mask: `(I, L)` bool, the question about each image.
+        past: the conversation before this prompt.
         shown: `(B, slots)`, attention mask of what the cache holds of the conversation before this prompt.
     """
 
@@ -204,14 +206,15 @@ class Request:
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
     question_mask: torch.Tensor | None = None
+    past: Past = field(default_factory=partial(Past.of, None, None))
     shown: torch.Tensor | None = None
 
     @classmethod
-    def take(cls, config: QGSAConfig, kwargs: dict[str, Any], past: Past | None = None) -> "Request":
+    def take(cls, config: QGSAConfig, kwargs: dict[str, Any], cache=None) -> "Request":
         """Take the fields of [`RequestKwargs`] out of `kwargs`; the rest is for the text model or for `generate`.
 
-        With a selection this is step 1: the layout is read, and everything is checked against it. With a `past`, the
-        prompt is the new part of a conversation, and its `attention_mask` covers all of it.
+        With a selection this is step 1: the layout is read, and everything is checked against it. With a `cache` that
+        is in use, the prompt is the new part of a conversation, and its `attention_mask` covers all of it.
 
         Raises ValueError if the budget is out of range, the inputs do not fit together, an image has no question, an
         argument is given that "dense" cannot take, or one that cannot be selected from; TypeError for an argument of
@@ -248,8 +251,9 @@ class Request:
                 'give those instead, or selection="dense"'
             )
         shown, mask, positions = None, given["attention_mask"], given["position_ids"]
-        if past is not None and past.slots:
-            check_shape("input_ids", given["input_ids"], (None, None), floating=False)
+        check_shape("input_ids", given["input_ids"], (None, None), floating=False)
+        past = Past.of(cache, given["input_ids"])
+        if past.slots:
             shown, mask = past.split_mask(mask, given["input_ids"].shape[1])
             positions = past.new_positions(shown, mask) if positions is None else positions
         prompt = Prompt.of(given["input_ids"], mask, positions, given["labels"])
@@ -257,7 +261,7 @@ class Request:
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
         question = read_question(config, prompt, layout, given["question_mask"])
-        return replace(request, prompt=prompt, layout=layout, question_mask=question, shown=shown)
+        return replace(request, prompt=prompt, layout=layout, question_mask=question, past=past, shown=shown)
 
     @property
     def selects(self) -> bool:

@@ -207,6 +207,15 @@ def test_a_static_cache(model, single, more):
     assert torch.equal(second, expected)
 
 
+def test_the_loop_of_generate_does_not_ask_a_static_cache_for_its_length(model, single, monkeypatch):
+    """It is a tensor, and its value would have to be waited for at each step."""
+    cache = StaticCache(config=model.config.text_config, max_cache_len=900)
+    asked = []
+    monkeypatch.setattr(Past, "of", lambda cache, inputs, of=Past.of: asked.append(cache) or of(cache, inputs))
+    model.generate(**single, max_new_tokens=NEW, past_key_values=cache)
+    assert asked.count(cache) <= 2 and len(asked) <= 3
+
+
 def test_a_cache_that_was_reset_is_new(model, single):
     cache = StaticCache(config=model.config.text_config, max_cache_len=900)
     first = model.generate(**single, max_new_tokens=NEW, past_key_values=cache)
