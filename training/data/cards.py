@@ -16,11 +16,15 @@ find       which colour is the card with the star?    red                 many  
 locate     where is the card with the star?           row 2 column 3      many    RefCOCO
 =========  =========================================  ==================  ======  =======================
 
-Everything is a pure function of (seed, split, index). The splits differ in their random stream and in their layouts:
-every set of occupied tiles belongs to exactly one split. Boxes serve evaluation only, never training.
+Everything is a pure function of (seed, split, canvas, index). The splits differ in their random stream and in their
+layouts: on a canvas of at least eight tiles, every set of occupied tiles belongs to exactly one split. Boxes serve
+evaluation only, never training.
+
+The published benchmark has canvases of 4 x 4 tiles; canvases of other shapes are additional sets of questions.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,6 +67,7 @@ TILE = 64
 FIGURE_AREA = 150.0  # px of ink, equal for all figures: a thumbnail cannot tell them apart by their darkness
 FIGURE_SIZE = 24
 MAX_CARDS = 7
+CANVAS = (4, 4)  # rows and columns of tiles in the published benchmark
 
 FEATURES = datasets.Features(
     {
@@ -140,6 +145,17 @@ def _draw_figure(figure: str, size: int, radius: float) -> Image.Image:
     return image
 
 
+def parse_canvas(text: str) -> tuple[int, int]:
+    """The rows and columns of a canvas that is written like `2x4`.
+
+    Raises ValueError if `text` is not of this form.
+    """
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"canvas ({text!r}): must be rows x columns in tiles. Write it like 2x4")
+    return int(sides[0]), int(sides[1])
+
+
 def layout_split(tiles: frozenset[int], rows: int, columns: int) -> str:
     """The split that owns a layout, a set of occupied tiles on a canvas of `rows` x `columns` tiles."""
     bucket = zlib.crc32(repr((rows, columns, sorted(tiles))).encode()) % 100
@@ -149,7 +165,7 @@ def layout_split(tiles: frozenset[int], rows: int, columns: int) -> str:
 def make_scene(rng: np.random.Generator, split: str, rows: int = 4, columns: int = 4) -> tuple[Card, ...]:
     """Two to seven cards of different colours in a layout of `split`; fewer on a canvas with fewer tiles.
 
-    Only the lessons use canvases of fewer than eight tiles: these have too few layouts to divide between splits.
+    Canvases of fewer than eight tiles have too few layouts to divide between splits.
     """
     highest = min(MAX_CARDS, rows * columns)
     while True:
@@ -250,21 +266,27 @@ class Cards(torch.utils.data.Dataset):
         split: `"train"`, `"validation"` or `"test"`.
         size: number of samples.
         seed: seed of the benchmark; 0 is the published one.
-        rows, columns: canvas size in tiles, 1 to 4; the benchmark has 4 x 4.
+        canvases: canvases as `(rows, columns)` in tiles, 1 to 4 each, that the samples have in turn; the published
+            benchmark has 4 x 4 only. A sample depends on its own canvas, not on the others. Canvases of fewer than
+            eight tiles have the same layouts in all splits. The processor of the stand-in keeps the size of a canvas
+            whose longer side has 4 tiles, and enlarges the others to that length.
 
     Each item is a dict with `question_id` (int), `image` (PIL, RGB), `question`, `answer`, `choices`, `family`,
     `tiles_needed` and `boxes` (`[x0, y0, x1, y1]` in px, for evaluation only).
 
-    Raises ValueError for an unknown split or canvas size, IndexError for an index out of range.
+    Raises ValueError for an unknown split, a wrong canvas or none, IndexError for an index out of range.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, rows: int = 4, columns: int = 4):
+    def __init__(self, split: str, size: int, seed: int = 0, canvases: Sequence[tuple[int, int]] = (CANVAS,)):
         if split not in SPLITS:
             raise ValueError(f"split ({split!r}): choose from {', '.join(SPLITS)}")
-        if not (1 <= rows <= 4 and 1 <= columns <= 4):
-            raise ValueError(f"canvas ({rows} x {columns} tiles): each side must have 1 to 4 tiles")
+        if not canvases:
+            raise ValueError("canvases (0): at least one is needed. Leave them out for 4 x 4 tiles")
+        for rows, columns in canvases:
+            if not (1 <= rows <= 4 and 1 <= columns <= 4):
+                raise ValueError(f"canvas ({rows} x {columns} tiles): each side must have 1 to 4 tiles")
         self.split, self.size, self.seed = split, size, seed
-        self.rows, self.columns = rows, columns
+        self.canvases = tuple(canvases)
 
     def __len__(self) -> int:
         return self.size
@@ -272,16 +294,16 @@ class Cards(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.size:
             raise IndexError(f"index ({index}) is out of range for {self.size} samples")
-        key = (self.seed, SPLITS.index(self.split), self.rows, self.columns, index)
-        rng = np.random.default_rng(key)
+        rows, columns = self.canvases[index % len(self.canvases)]
+        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), rows, columns, index))
         families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
         turn = None
         while turn is None:
-            cards = make_scene(rng, self.split, self.rows, self.columns)
+            cards = make_scene(rng, self.split, rows, columns)
             number = rng.permutation(len(cards))[0]
             family = families[rng.choice(len(families), p=shares)]
             turn = make_question(rng, family, cards, cards[number])
-        image = Image.fromarray(render(rng, cards, self.rows, self.columns))
+        image = Image.fromarray(render(rng, cards, rows, columns))
         needed = FAMILIES[family][0]
         return {"question_id": index, "image": image, **turn, "family": family, "tiles_needed": needed}
 
@@ -298,8 +320,11 @@ def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets
 
 
 def _load(arguments: DataArguments, split: str, seed: int) -> Cards:
-    """Training cards depend on the seed of the run; all others are the published ones."""
-    return Cards(split, arguments.train_size, seed) if split == "train" else Cards(split, arguments.test_size)
+    """Training cards depend on the seed and the canvases of the run; all others are the published ones."""
+    if split != "train":
+        return Cards(split, arguments.test_size)
+    canvases = [CANVAS] if arguments.train_canvases is None else map(parse_canvas, arguments.train_canvases)
+    return Cards(split, arguments.train_size, seed, tuple(canvases))
 
 
 def _grade(prediction: str, sample: dict) -> float:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cli.groups import StandInArguments
-from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, render
+from training.data.cards import COLOURS, FIGURES, SPLITS, TILE, Cards, make_scene, parse_canvas, render
 from training.data.collator import QuestionCollator
 from training.standins.lessons import Lesson, LessonCollator, Lessons, WordCollator
 
@@ -35,10 +35,8 @@ def parse_stages(text: str, batch_size: int) -> list[tuple[list[tuple[int, int]]
     for part in text.split():
         try:
             canvases, lessons = part.split(":")
-            grids = [tuple(int(side) for side in canvas.split("x")) for canvas in canvases.split(",")]
+            grids = [parse_canvas(canvas) for canvas in canvases.split(",")]
             stages.append((grids, int(lessons) // batch_size * batch_size))
-            if any(len(grid) != 2 for grid in grids):
-                raise ValueError(part)
         except ValueError as error:
             raise ValueError(f"stage ({part!r}): cannot be parsed. Write it like 2x2,4x4:9600") from error
         if stages[-1][1] == 0:

@@ -1,6 +1,7 @@
 """Cards: pure functions of (seed, split, index), correct answers, and figures that the thumbnail does not show."""
 
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,11 +25,14 @@ from training.data.cards import (
     load_cards,
     make_question,
     make_scene,
+    parse_canvas,
     place,
     render,
 )
 
 
+EXAMPLES = Path(__file__).parents[3] / "hub_cards" / "space" / "examples"
+CANVASES = ((2, 4), (4, 3), (4, 4))
 RED_STAR = Card(0, 1, (70, 5, 110, 50), "red", "star")
 BLUE_MOON = Card(2, 3, (200, 140, 240, 180), "blue", "moon")
 PINK_MOON = Card(3, 0, (10, 200, 50, 245), "pink", "moon")
@@ -71,14 +75,17 @@ def test_splits_differ():
         assert len(images) == 3
 
 
-def test_no_layout_is_in_two_splits():
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_no_layout_is_in_two_splits(canvas):
+    rows, columns = canvas
     layouts = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng(number)
         layouts[split] = {
-            frozenset(4 * card.row + card.column for card in make_scene(rng, split)) for _ in range(1000)
+            frozenset(columns * card.row + card.column for card in make_scene(rng, split, *canvas))
+            for _ in range(1000)
         }
-        assert all(layout_split(layout, 4, 4) == split for layout in layouts[split])
+        assert all(layout_split(layout, rows, columns) == split for layout in layouts[split])
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not layouts[one] & layouts[other]
 
@@ -89,6 +96,42 @@ def test_every_layout_has_one_split_and_most_are_for_training():
     shares = {split: np.mean([layout_split(layout, 4, 4) == split for layout in drawn]) for split in SPLITS}
     assert sum(shares.values()) == pytest.approx(1)
     assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.04)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_canvases_take_turns_and_do_not_depend_on_each_other(split):
+    mixed = Cards(split, 12, canvases=CANVASES)
+    for index in range(12):
+        rows, columns = CANVASES[index % 3]
+        assert mixed[index]["image"].size == (64 * columns, 64 * rows)
+        assert same(mixed[index], Cards(split, 12, canvases=[(rows, columns)])[index])
+    assert all(same(Cards(split, 12)[index], Cards(split, 12, canvases=[(4, 4)])[index]) for index in range(12))
+
+
+@pytest.mark.parametrize("index", [0, 18])
+def test_the_published_questions_stay(index):
+    """Committed results rest on these: the examples of the Space are two of their pictures."""
+    with Image.open(EXAMPLES / f"cards_{index}.png") as example:
+        assert example.convert("RGB").tobytes() == Cards("test", 2000)[index]["image"].tobytes()
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_every_canvas_has_every_family_and_its_own_places(canvas):
+    rows, columns = canvas
+    samples = [Cards("validation", 200, canvases=[canvas])[index] for index in range(200)]
+    assert {sample["family"] for sample in samples} == set(FAMILIES)
+    for sample in samples:
+        assert all(0 < x0 < x1 < 64 * columns and 0 < y0 < y1 < 64 * rows for x0, y0, x1, y1 in sample["boxes"])
+        if sample["family"] in ("refer", "locate"):
+            row, column = (int(word) for word in sample["answer"].split() if word.isdigit())
+            assert 1 <= row <= rows and 1 <= column <= columns
+
+
+def test_a_canvas_is_written_as_rows_x_columns():
+    assert [parse_canvas(text) for text in ("2x4", "4x3")] == [(2, 4), (4, 3)]
+    for text in ("4", "2x", "2x4x4", "axb", "-2x4", "2 x 4", ""):
+        with pytest.raises(ValueError, match=rf"canvas \('{text}'\): must be rows x columns in tiles. Write it like"):
+            parse_canvas(text)
 
 
 # Questions
@@ -232,7 +275,7 @@ def test_figures_have_equal_ink():
 
 
 def test_small_canvases():
-    cards = Cards("train", 50, rows=2, columns=3)
+    cards = Cards("train", 50, canvases=[(2, 3)])
     for index in range(50):
         assert cards[index]["image"].size == (192, 128)
         assert all(x1 <= 192 and y1 <= 128 for _, _, x1, y1 in cards[index]["boxes"])
@@ -312,7 +355,9 @@ def test_unknown_splits_sizes_and_indices_are_refused():
         Cards("dev", 10)
     for rows, columns in ((0, 4), (5, 4), (4, 5)):
         with pytest.raises(ValueError, match=rf"canvas \({rows} x {columns} tiles\): each side must have 1 to 4"):
-            Cards("train", 10, rows=rows, columns=columns)
+            Cards("train", 10, canvases=[(4, 4), (rows, columns)])
+    with pytest.raises(ValueError, match=r"canvases \(0\): at least one is needed"):
+        Cards("train", 10, canvases=[])
     for index in (-1, 10):
         with pytest.raises(IndexError, match=rf"index \({index}\) is out of range for 10 samples"):
             Cards("train", 10)[index]

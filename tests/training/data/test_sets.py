@@ -46,3 +46,14 @@ def test_training_cards_depend_on_the_seed_and_evaluated_ones_do_not():
     assert (len(train), len(test)) == (7, 5)
     assert train[0]["image"].tobytes() != other_train[0]["image"].tobytes()
     assert test[0]["image"].tobytes() == other_test[0]["image"].tobytes() == load_eval(arguments)[0]["image"].tobytes()
+
+
+def test_canvases_of_training_leave_the_evaluated_cards_alone():
+    arguments = DataArguments(train_size=6, test_size=3, train_canvases=["2x4", "4x4", "3x4"])
+    train, test = load_data(arguments, seed=1)
+    assert [train[index]["image"].size for index in range(6)] == 2 * [(256, 128), (256, 256), (256, 192)]
+    square, published = load_data(DataArguments(train_size=6, test_size=3), seed=1)
+    assert {sample["image"].size for sample in [*map(square.__getitem__, range(6)), *test]} == {(256, 256)}
+    assert [sample["question"] for sample in test] == [sample["question"] for sample in published]
+    with pytest.raises(ValueError, match=r"canvas \('wide'\): must be rows x columns in tiles"):
+        load_data(DataArguments(train_canvases=["wide"]), seed=1)
