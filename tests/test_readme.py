@@ -24,6 +24,7 @@ from training.run_qgsa import TaskArguments
 from training.run_stand_in import parse as parse_stand_in
 from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
+from training.studies.canvases import CanvasesArguments
 from training.studies.pareto import ParetoArguments, format_pareto
 
 
@@ -177,6 +178,7 @@ PARSERS = {
     "hub_cards/serve.py": serve.ServeArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/studies/adaptive.py": AdaptiveArguments,
+    "training/studies/canvases.py": CanvasesArguments,
     "training/studies/pareto.py": ParetoArguments,
 }
 CPU = ["--use_cpu", "true"]

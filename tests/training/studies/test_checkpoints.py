@@ -47,7 +47,7 @@ def test_a_users_mistake_is_told_in_one_line(study, arguments, complaint, monkey
     assert len(warnings) == sum(argument in RENAMED for argument in arguments)
 
 
-@pytest.mark.parametrize("study", ["pareto", "adaptive", "ablation"])
+@pytest.mark.parametrize("study", ["pareto", "adaptive", "ablation", "canvases"])
 def test_a_study_runs_as_a_script(study):
     command = [sys.executable, f"training/studies/{study}.py", "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
