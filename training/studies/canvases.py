@@ -1,6 +1,6 @@
 """Does a selection hold on canvases of other shapes? Every system on cards, canvas by canvas.
 
-    python training/studies/canvases.py --model outputs/demo --output_dir outputs/canvases
+    python training/studies/canvases.py --model outputs/demo_canvases --output_dir outputs/canvases
 
 Each canvas has questions of its own, and every row is paired with dense on the same ones. Takes about three minutes
 per canvas and 2000 questions on two cores. Writes `canvases_cards.json` (one row per canvas and system) and prints the
@@ -22,14 +22,14 @@ from training.studies.checkpoints import base_model_of, load_dense, load_model
 class CanvasesArguments:
     """Model to study, the canvases, and the number of questions."""
 
-    model: str = field(default="outputs/demo", metadata={"help": "QGSA checkpoint, trained on cards."})
+    model: str = field(default="outputs/demo_canvases", metadata={"help": "QGSA checkpoint, trained on cards."})
     base_model: str | None = field(
         default=None,
         metadata={"help": "Dense checkpoint that it is made from; by default as in its run.json."},
     )
     canvases: list[str] = field(
         default_factory=lambda: ["4x4", "3x4", "4x3", "2x4", "4x2"],
-        metadata={"help": "Canvases, as rows x columns in tiles; the demo is not trained on 4x2."},
+        metadata={"help": "Canvases, as rows x columns in tiles; --preset canvases leaves out 4x2."},
     )
     systems: list[str] = field(
         default_factory=lambda: ["dense", "dense-global-only", "blank-image", "random", "centre", "qgsa"],
