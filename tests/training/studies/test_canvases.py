@@ -47,8 +47,8 @@ def test_the_tables_hold_every_canvas_and_family(rows):
     assert "| – → – |" in "\n".join(families), "six questions do not have eight families on each canvas"
 
 
-def test_one_canvas_is_measured_that_the_demo_is_not_trained_on():
-    measured, trained = CanvasesArguments().canvases, load_presets()["demo"]["train_canvases"]
+def test_one_canvas_is_measured_that_the_preset_is_not_trained_on():
+    measured, trained = CanvasesArguments().canvases, load_presets()["canvases"]["train_canvases"]
     assert set(trained) < set(measured) and len(measured) == len(trained) + 1
     assert "4x4" in trained
     sides = [parse_canvas(canvas) for canvas in measured]
