@@ -19,6 +19,7 @@ from transformers import Idefics3Processor
 
 from modeling_qgsa import QGSAProcessor
 from training.cli.arguments import check_source, errors_in_one_line, parse
+from training.costs.meter import keep_freed_memory
 from training.costs.speed_report import write_speed
 from training.costs.systems import SYSTEMS, build_models, check_checkpoint, present_systems
 from training.costs.timing import Runner, Workload, add_overhead, measure, pick_images
@@ -101,6 +102,7 @@ def benchmark(run: BenchmarkArguments) -> str:
         "stock": Idefics3Processor.from_pretrained(base_model),  # in the stock backend of this environment
     }
     tokenizer = processors["ours"].tokenizer
+    keep_freed_memory()
     models = build_models(run.systems, base_model, run.model, tokenizer, torch.device(run.device))
     tuning = tune(models["fast"]) if "fast" in models else None
     workload = Workload(run.tiles, run.tokens, run.new_tokens)
