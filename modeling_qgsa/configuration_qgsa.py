@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 
 MAX_BUDGET = 2**31 - 1  # effectively "keep everything"
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
+POINTERS = ("attention", "selector")
 
 # Everything the Auto classes need to load a checkpoint with `trust_remote_code=True`.
 AUTO_MAP = {
@@ -78,6 +79,14 @@ class Budget:
         return m.round().long(), k.round().long()
 
 
+def choose_pointer(configured: str, override: str | None = None) -> str:
+    """The pointer of one call: the configured one, or its `override`. Raises ValueError for an unknown one."""
+    pointer = configured if override is None else override
+    if pointer not in POINTERS:
+        raise ValueError(f"pointer ({pointer!r}): choose from {', '.join(POINTERS)}")
+    return pointer
+
+
 @strict_config
 class QGSAConfig(SmolVLMConfig):
     r"""
@@ -98,6 +107,19 @@ class QGSAConfig(SmolVLMConfig):
         max_visual_tokens (`int`, defaults to 128): most visual tokens kept.
         min_tiles (`int`, defaults to 0): fewest high-resolution tiles encoded, in addition to the global view.
         max_tiles (`int`, defaults to 4): most high-resolution tiles encoded.
+        pointer (`str`, defaults to `"selector"`): what tells relevant places from others. `"attention"` is the text
+            model's own attention to the glance and needs no training, `"selector"` is the trained selector.
+            `from_dense` sets `"attention"`.
+        attention_weights (`list[list[float]]`, *optional*): weights of the attention maps of the text model's first
+            layers, `layers x 2`: of the question's words, and of the position that predicts the answer. `calibrate`
+            fits them; by default the layers of the first three quarters count alike.
+        attention_temperature (`float`, defaults to 1.0): temperature of the softmax over the cells of the glance that
+            turns the attention's scores into relevance.
+        attention_nowhere (`float`, *optional*): score of looking nowhere besides those of the cells, for questions
+            about nothing that is visible; `calibrate` finds a value where it helps.
+        attention_coverage (`float`, defaults to 1.0): share of that relevance that the encoded tiles should cover,
+            within the budget; 1 always uses the whole budget. `calibrate` finds a value.
+        calibration (`dict`, *optional*): what `calibrate` measured; for the reader.
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
         selector_heads (`int`, defaults to 4): attention heads per layer.
@@ -127,6 +149,12 @@ class QGSAConfig(SmolVLMConfig):
     max_visual_tokens: int = Budget.max_visual_tokens
     min_tiles: int = Budget.min_tiles
     max_tiles: int = Budget.max_tiles
+    pointer: str = "selector"
+    attention_weights: list[list[float]] | None = None
+    attention_temperature: float | int = 1.0
+    attention_nowhere: float | int | None = None
+    attention_coverage: float | int = 1.0
+    calibration: dict[str, Any] | None = None
     selector_hidden_size: int = 128
     selector_layers: int = 2
     selector_heads: int = 4
@@ -159,6 +187,11 @@ class QGSAConfig(SmolVLMConfig):
         """Visual tokens per tile: its patches after the pixel shuffle."""
         return (self.patches_per_side // self.scale_factor) ** 2
 
+    def keep_whole_tiles(self):
+        """Set the budget of visual tokens so that the glance and all tiles that are encoded stay whole."""
+        self.min_visual_tokens = self.tokens_per_tile * (1 + self.min_tiles)
+        self.max_visual_tokens = self.tokens_per_tile * (1 + self.max_tiles)
+
     def check_tiles(self):
         """Raise ValueError if the patches of a tile do not form whole visual tokens."""
         if self.patches_per_side % self.scale_factor:
@@ -170,6 +203,20 @@ class QGSAConfig(SmolVLMConfig):
     def validate_budget(self):
         """Check the selection and its budgets; run by `@strict_config` on construction."""
         Budget.of(self)
+
+    def validate_pointer(self):
+        """Check the pointer and what it reads; run by `@strict_config` on construction."""
+        choose_pointer(self.pointer)
+        if not self.attention_temperature > 0:
+            raise ValueError(f"attention_temperature ({self.attention_temperature}) must be greater than 0")
+        if not 0 < self.attention_coverage <= 1:
+            raise ValueError(f"attention_coverage ({self.attention_coverage}) must be in (0, 1]")
+        weights, layers = self.attention_weights, self.text_config.num_hidden_layers
+        if weights is not None and not (1 <= len(weights) <= layers and all(len(row) == 2 for row in weights)):
+            raise ValueError(
+                f"attention_weights ({len(weights)} rows) must have 1 to {layers} rows, one per layer of the text "
+                "model, of 2 weights each"
+            )
 
     def validate_selector(self):
         """Check that the selector can be built; run by `@strict_config` on construction."""

@@ -28,6 +28,9 @@ def load_dense(base, tokenizer=None):
 def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
     """The configuration of a QGSA model: sizes from the dense one, marker ids from `tokenizer`, and `fields`.
 
+    The pointer is the text model's attention. The tiles that it chooses are kept whole, unless `fields` say how many
+    visual tokens to keep: the text model was not trained to read less.
+
     Args:
         tokenizer: tokenizer or processor; None leaves the marker ids to `fields` and the defaults.
     """
@@ -35,13 +38,16 @@ def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
         fields = marker_ids(tokenizer) | fields
     vision = dense.vision_config.to_dict()
     del vision["model_type"]
-    return QGSAConfig(
+    config = QGSAConfig(
         text_config=dense.text_config.to_dict(),
         vision_config=vision,
         scale_factor=dense.scale_factor,
         tie_word_embeddings=dense.tie_word_embeddings,
-        **({"image_token_id": dense.image_token_id} | fields),
+        **({"image_token_id": dense.image_token_id, "pointer": "attention"} | fields),
     )
+    if config.pointer == "attention" and not {"min_visual_tokens", "max_visual_tokens"} & fields.keys():
+        config.keep_whole_tiles()
+    return config
 
 
 def copy_dense_weights(dense, model):

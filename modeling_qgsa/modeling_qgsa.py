@@ -24,12 +24,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention_qgsa import check_attention
 from .cache_qgsa import Past, drop_seen, is_spliced
+from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
-from .pointer_qgsa import GivenScores, Glance, PointedScores, Pointer, SelectorPointer, pointer_zero
+from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, pointer_zero
 from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .readout_qgsa import read_out
@@ -46,6 +47,7 @@ from .selection_qgsa import (
 )
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 from .tuning_qgsa import tune_encoder
+from .utility_qgsa import tile_utility as tile_utility  # older transformers copy what is imported here
 from .vision_qgsa import embed_dense, encode_chosen_blocks, encode_in_steps, encode_tiles
 
 
@@ -63,11 +65,6 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         self.post_init()
 
     @property
-    def pointer(self) -> Pointer:
-        """The pointer: the trained selector."""
-        return SelectorPointer(self.selector, self.complexity_estimator, self.config.complexity_quantile)
-
-    @property
     def is_tuned(self) -> bool:
         """Whether the encoder runs differently from SmolVLM's: in steps, or in a dtype of its own."""
         return self.config.tiles_per_step is not None or self.vision_model.dtype != self.text_model.dtype
@@ -78,10 +75,11 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         assert prompt is not None and layout is not None and question_mask is not None
         glance = encode_tiles(self, request.visual, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
-        pointing = self.pointer.point(question, question_mask, glance)
+        pointer = make_pointer(self, request.pointer, request)
+        pointing = pointer.point(question, question_mask, glance)
         if not self.training and not pointing.relevance.isfinite().all():  # in training the loss scaler skips the step
             raise ValueError("relevance holds NaN or infinite values: check the weights and the glance features")
-        return Glance(layout, glance, question_mask, *pointing)
+        return Glance(pointer, layout, glance, question_mask, *pointing)
 
     def look(self, glance: Glance, visual: VisualInputs, looked: torch.Tensor) -> torch.Tensor:
         """Step 4: features of the tiles with tokens `looked` at, `(T, P)` bool: `(n, P, D)`, 0 at all other tokens.
@@ -130,7 +128,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         # glance, point
         glance = self.glance_and_point(request)
         layout, given = glance.layout, request.token_scores
-        scores = PointedScores(self.pointer, glance) if given is None else GivenScores.of(given, layout)
+        scores = PointedScores(glance) if given is None else GivenScores.of(given, layout)
         m, k = budget.resolve(glance.complexity if relaxation is None else relaxation.complexity(glance.complexity))
         # look
         looked = choose_tokens(budget.selection, scores, layout, m, k)
@@ -180,7 +178,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
         request = Request.take(self.config, rest, past_key_values)
         if request.selects:
-            relaxes = self.training and request.token_scores is None
+            relaxes = self.training and request.token_scores is None and request.pointer == "selector"
             prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
             outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
             request.past.note(outputs.past_key_values, prefill, input_ids.shape[1])
@@ -193,7 +191,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             outputs = super().forward(**stock, past_key_values=past_key_values, **rest)
             outputs = QGSABaseModelOutputWithPast(**outputs)
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
-            zero = pointer_zero(self.pointer, outputs["last_hidden_state"], self.config)
+            zero = pointer_zero(make_pointer(self), outputs["last_hidden_state"], self.config)
             outputs["last_hidden_state"] = outputs["last_hidden_state"] + zero
         return outputs
 
@@ -221,7 +219,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
 
     @classmethod
     def from_dense(cls, base, tokenizer=None, **fields) -> "QGSASmolVLMForConditionalGeneration":
-        """Make a QGSA model from a dense one, with all of its weights and a fresh selector.
+        """Make a QGSA model from a dense one, with all of its weights. It points with its attention, untrained.
 
         Args:
             base: Hub id, local folder or model of an idefics3 or smolvlm checkpoint.
@@ -280,7 +278,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
                 other tiles are cut when they are looked at.
             visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
             gumbel_temperature: temperature of the relaxed selection; `config.gumbel_temperature` by default.
-            selection, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config for this call.
+            selection, pointer, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
         """
@@ -317,10 +315,9 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
     def tune(self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None):
         """Set hardware-dependent options: the precision of the encoder, and how many tiles it encodes at once.
 
-        Without arguments it measures for about two seconds which are fastest here, sets them and prints what it found.
-        On some CPUs bfloat16 halves the time of the encoder, on others it takes up to four times as long. The text
-        model stays as it is, and "dense" then equals stock up to rounding. A saved checkpoint loads in the dtype of
-        the text model throughout, so tune after loading.
+        Without arguments it measures for about two seconds which are fastest here, sets them and prints what it found:
+        on some CPUs bfloat16 halves the time of the encoder, on others it takes up to four times as long. "dense" then
+        equals stock up to rounding. A checkpoint loads in the dtype of the text model throughout, so tune after that.
 
         Args:
             vision_dtype: dtype of encoder and connector, converted in place; None leaves it unchanged.
@@ -331,6 +328,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         """
         tune_encoder(self.model, vision_dtype, tiles_per_step)
         return self
+
+    calibrate = calibrate_pointer
 
     @torch.no_grad()
     def select(self, input_ids=None, pixel_values=None, **kwargs) -> QGSASelection:

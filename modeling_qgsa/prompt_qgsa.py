@@ -156,6 +156,7 @@ class Turns:
         closed (int64): position of the token that closes this turn; L in an open turn.
         is_answer (bool): the turn is the assistant's. The first one never is.
         is_answered (bool): the next turn is the assistant's.
+        answered_at (int64): then, the position that predicts its first token, which may lie beyond the prompt.
     """
 
     text: torch.Tensor
@@ -164,6 +165,7 @@ class Turns:
     closed: torch.Tensor
     is_answer: torch.Tensor
     is_answered: torch.Tensor
+    answered_at: torch.Tensor
 
     @classmethod
     def of(
@@ -187,6 +189,7 @@ class Turns:
         begins = (
             found[:, :-1] | found[:, 1:]
         )  # (B, L + 1): an answer begins here, perhaps after a token of white space
+        after = (closed + 1).clamp(max=length)
         template = [markers.end_of_utterance_token_id, *markers.assistant_token_ids]
         template += [] if bos_token_id is None else [bos_token_id]
         return cls(
@@ -195,7 +198,8 @@ class Turns:
             opened=opened,
             closed=closed,
             is_answer=(opened >= 0) & begins.gather(1, opened + 1),
-            is_answered=begins.gather(1, (closed + 1).clamp(max=length)),
+            is_answered=begins.gather(1, after),
+            answered_at=closed + len(header) + (~found[:, :-1]).long().gather(1, after),
         )
 
     def visible(self, unlabelled: torch.Tensor) -> torch.Tensor:
@@ -226,16 +230,38 @@ def find_question(turns: Turns, unlabelled: torch.Tensor) -> torch.Tensor:
     return torch.where(free.any(1, keepdim=True), asked, answered)
 
 
+def find_answer(question: torch.Tensor, turns: Turns, prompt: Prompt) -> torch.Tensor:
+    """The position that predicts the first token of the answer to each sample's question, `(B,)` int64.
+
+    It is the last one of the header that opens the answer. Without a header it is the position before the first label
+    behind the question, and without labels the last position of the prompt.
+
+    Args:
+        question: `(B, L)` bool; a sample without a question gets the last position.
+    """
+    place = torch.arange(question.shape[1], device=question.device).expand(question.shape)
+    shown = prompt.attention_mask.bool()
+    end = place.masked_fill(~shown, -1).amax(1)
+    asked = place.masked_fill(~question, -1).amax(1, keepdim=True)
+    learnt = (prompt.labels != -100) & (place > asked)
+    labelled = torch.where(learnt.any(1), learnt.int().argmax(1) - 1, end)
+    header = turns.is_answered.gather(1, asked.clamp(min=0))[:, 0] & (asked[:, 0] >= 0)
+    return torch.where(header, turns.answered_at.gather(1, asked.clamp(min=0))[:, 0], labelled).minimum(end)
+
+
 def read_question(
     config, prompt: Prompt, layout: VisualLayout, question_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Tokens that the selector reads for each image, `(I, L)` bool: its sample's question, without answers and images.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The question about each image, without answers and images, and where its answer begins.
 
     Args:
         config: [`QGSAConfig`].
         question_mask: `(B, any)`, the question as marked by the caller, see `fit_question_mask`; found by
             `find_question` by default. Labels hide what they cover of it, except in a turn that the assistant answers,
             and unless they cover all of it.
+
+    Returns `(question, answer)`: the tokens that the pointer reads, `(I, L)` bool, and the position that predicts the
+    answer, `(I,)` int64, see `find_answer`.
 
     Raises ValueError if an image has no question, if the attention mask hides part of an image, or if it is unclear
     where a mask of another length belongs.
@@ -256,6 +282,7 @@ def read_question(
         seen, words = marked & turns.visible(unlabelled), marked & turns.words
         hidden = words.any(1) & ~(words & seen).any(1)
         question = torch.where(hidden[:, None], marked & ~turns.is_answer, seen)
+    answer = find_answer(question, turns, prompt)[layout.image_sample]
     question = question[layout.image_sample]
     for image in (~question.any(1)).nonzero()[:1, 0].tolist():
         sample = layout.image_sample[image]
@@ -264,7 +291,7 @@ def read_question(
             f"{int((prompt.labels[sample] != -100).sum())} are labelled and 0 belong to a question. Mark the question "
             "with question_mask, or set the labels of the prompt to -100"
         )
-    return question
+    return question, answer
 
 
 def fit_question_mask(

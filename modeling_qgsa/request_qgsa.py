@@ -10,7 +10,7 @@ from transformers.utils import TransformersKwargs
 
 from .cache_qgsa import Past
 from .compat_qgsa import encoded_images, tile_features
-from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig
+from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
 
@@ -26,12 +26,14 @@ class BaseModelKwargs(LimitKwargs, total=False):
     lazy_tiles: Any
     visual_cache: Any
     gumbel_temperature: float | None
+    pointer: str | None
     selection: str | None
 
 
 class ForwardKwargs(TransformersKwargs, LimitKwargs, total=False):
     """Keyword arguments of `forward` that the model with a language head does not name itself."""
 
+    pointer: str | None
     shift_labels: torch.Tensor | None
 
 
@@ -187,6 +189,7 @@ class Request:
 
     Args:
         budget: the configured budget with the overrides of this call.
+        pointer: the configured pointer, or that of this call.
         stock: inputs that the stock model takes, as given.
         visual: visual inputs.
         token_scores: `(B, N)`, scores of all visual tokens that replace the selector's.
@@ -194,11 +197,13 @@ class Request:
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
         question_mask: `(I, L)` bool, the question about each image.
+        answer_position: `(I,)` int64, the position that predicts the first token of its answer.
         past: the conversation before this prompt.
         shown: `(B, slots)`, attention mask of what the cache holds of the conversation before this prompt.
     """
 
     budget: Budget
+    pointer: str
     stock: dict[str, Any]
     visual: VisualInputs
     token_scores: torch.Tensor | None
@@ -206,6 +211,7 @@ class Request:
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
     question_mask: torch.Tensor | None = None
+    answer_position: torch.Tensor | None = None
     past: Past = field(default_factory=partial(Past.of, None, None))
     shown: torch.Tensor | None = None
 
@@ -238,6 +244,7 @@ class Request:
         temperature = given["gumbel_temperature"]
         request = cls(
             budget=budget,
+            pointer=choose_pointer(config.pointer, given["pointer"]),
             stock={name: given[name] for name in STOCK_NAMES} | encoded,
             visual=visual,
             token_scores=given["visual_token_scores"],
@@ -260,8 +267,9 @@ class Request:
         prompt.check(config.text_config.vocab_size)
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
-        question = read_question(config, prompt, layout, given["question_mask"])
-        return replace(request, prompt=prompt, layout=layout, question_mask=question, past=past, shown=shown)
+        question, answer = read_question(config, prompt, layout, given["question_mask"])
+        read = partial(replace, request, prompt=prompt, layout=layout)
+        return read(question_mask=question, answer_position=answer, past=past, shown=shown)
 
     @property
     def selects(self) -> bool:

@@ -130,7 +130,15 @@ class QuestionGuidedSelector(nn.Module):
 
         Returns `(relevance, question_state)`: log-probabilities of the cells, `(I, C)` float32, and the weighted mean
         of the question's normalised word embeddings, `(I, D)`.
+
+        Raises ValueError in eval mode if the selector was never trained.
         """
+        if not self.training and not self.cell_position.any():  # 0 until the first step, see `init_weights`
+            raise ValueError(
+                'pointer ("selector"): the selector of this model was never trained, and would choose at random. Use '
+                'pointer="attention", which needs no training and is sharpened by model.calibrate(samples, '
+                "processor), or train it with training/run_qgsa.py"
+            )
         (question,), indices = splice(question_mask, (question, 0.0))
         question, indices = question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :]
         question = self.question_norm(question)

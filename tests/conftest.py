@@ -109,11 +109,12 @@ def make_dense(processor, tokenizer):
 
 @pytest.fixture(scope="session")
 def make_model(make_dense, tokenizer):
-    """Makes a QGSA model in eval mode whose untrained selector already makes clear choices."""
+    """Makes a QGSA model in eval mode whose selector makes clear choices, as if it had been trained."""
 
     def make(dense=None, **fields):
         dense = make_dense() if dense is None else dense
         fields = {"selector_hidden_size": 32, "min_visual_tokens": 8, "max_visual_tokens": 48} | fields
+        fields = {"pointer": "selector"} | fields
         torch.manual_seed(2)
         model = QGSASmolVLMForConditionalGeneration.from_dense(dense, tokenizer, **fields).eval()
         with torch.no_grad():

@@ -79,9 +79,11 @@ def test_a_file_of_the_model_imports_only_files_above_it(name):
         "functools",
         "hashlib",
         "inspect",
+        "itertools",
         "math",
         "numbers",
         "os",
+        "pathlib",
     }
     assert outside <= THIRD_PARTY | standard | {"time", "types", "typing", "weakref"}
 

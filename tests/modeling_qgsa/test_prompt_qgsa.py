@@ -27,7 +27,7 @@ def read(config, inputs, **fields):
     inputs = {**inputs, **fields}
     prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], None, inputs.get("labels"))
     layout = VisualLayout.of(config, prompt.input_ids)
-    return read_question(config, prompt, layout, inputs.get("question_mask"))
+    return read_question(config, prompt, layout, inputs.get("question_mask"))[0]
 
 
 def marked(inputs, mask):

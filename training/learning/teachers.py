@@ -1,7 +1,6 @@
 """Teachers of where and how much to look. They need answers, but no boxes.
 
-The utility of a tile is the log-likelihood of the answer given the glance and that one tile. Given the features of all
-tiles, it costs one short pass of the text model per tile, and it is exact.
+The strongest of them is the utility of each tile, see `modeling_qgsa.utility_qgsa`.
 """
 
 from dataclasses import replace
@@ -13,59 +12,10 @@ from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.pointer_qgsa import Glance, PointedScores
 from modeling_qgsa.prompt_qgsa import Prompt
 from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep, splice, top_k_per_image
+from modeling_qgsa.utility_qgsa import read_answers
 
 
-CHUNK = 64  # variants of a prompt per pass of the text model
 NEUTRAL_FLOOR = 0.1  # share of the mean attention; avoids dividing by the near-zero attention of some tokens
-
-
-def answer_log_likelihood(model, rows: torch.Tensor, keep: torch.BoolTensor, embeds: torch.Tensor, prompt: Prompt):
-    """Summed log-likelihood of the labelled tokens if only some positions are kept, `(n,)` float32.
-
-    Args:
-        model: a QGSA model with its language head.
-        rows: `(n,)` int64, the sample of each variant.
-        keep: `(n, L)` bool, the positions that each variant keeps.
-        embeds: `(B, L, D)`, embeddings of the words and visual tokens of all samples.
-        prompt: the text side of all samples, with labels.
-    """
-    scores = torch.zeros(len(rows), device=embeds.device)
-    if not len(rows):
-        return scores
-    for chunk in keep.sum(1).argsort().split(CHUNK):  # similar lengths together, for little padding
-        some_rows, some_keep = rows[chunk], keep[chunk]
-        (hidden, mask, positions, labels), _ = splice(
-            some_keep,
-            (embeds[some_rows], 0.0),
-            (prompt.attention_mask[some_rows], 0),
-            (prompt.position_ids[some_rows], 0),
-            (prompt.labels[some_rows], -100),
-        )
-        hidden = model.model.text_model(
-            inputs_embeds=hidden, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        labelled = labels[:, 1:] != -100
-        logits = model.lm_head(hidden[:, :-1][labelled]).float()
-        losses = torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="none")
-        scores[chunk] = -losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
-    return scores
-
-
-@torch.no_grad()
-def tile_utility(model, glance: Glance, features: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-    """Log-likelihood of the answer given all glances of the sample and one tile: `(T,)`; -inf for global views.
-
-    Args:
-        features: `(T, P, D)`, features of every tile.
-    """
-    layout = glance.layout
-    embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
-    glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
-    tiles = (~layout.is_global).nonzero()[:, 0]
-    rows = layout.tile_sample[tiles]
-    keep = glances[rows] | (layout.tile_of_position[rows] == tiles[:, None])
-    utility = features.new_full((len(layout.tile_sample),), float("-inf"), dtype=torch.float32)
-    return utility.index_put((tiles,), answer_log_likelihood(model, rows, keep, embeds, prompt))
 
 
 @torch.no_grad()
@@ -76,7 +26,7 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
         scores: `(T, P)`, the selector's scores of all visual tokens.
     """
     m, k = budget.resolve(complexity)
-    pointed = PointedScores(model.model.pointer, glance)
+    pointed = PointedScores(glance)
     looked = choose_tokens(budget.selection, pointed, glance.layout, m, k)
     kept = top_k_per_image(scores, looked, glance.layout, k)
     return positions_to_keep(prompt.attention_mask, glance.layout, kept)
@@ -167,7 +117,7 @@ def cheapest_sufficient(
         complexity = torch.full_like(glance.complexity, level / (levels - 1))
         keep.append(hard_positions(model, glance, scores, prompt, budget, complexity))
     samples = torch.arange(len(prompt.input_ids), device=features.device)
-    likelihood = answer_log_likelihood(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt)
+    likelihood = read_answers(model, samples.repeat(len(keep)), torch.cat(keep), embeds, prompt).log_likelihood
     tokens = (prompt.labels[:, 1:] != -100).sum(1).clamp(min=1)
     dense, pruned = (likelihood.view(len(keep), -1) / tokens).exp().split([1, levels])
     enough = pruned >= dense - tolerance

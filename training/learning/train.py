@@ -23,7 +23,7 @@ NOT_QUANTIZED = ("vision_model", "connector", *TRAINED)
 
 def to_qgsa(dense, processor, selection: SelectionArguments) -> QGSASmolVLMForConditionalGeneration:
     """The QGSA model of a dense one, with a new selector and the budget of `selection`."""
-    return QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **asdict(selection))
+    return QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, pointer="selector", **asdict(selection))
 
 
 def check_training(selection: SelectionArguments, features: FeatureArguments):

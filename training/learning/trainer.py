@@ -12,10 +12,11 @@ from modeling_qgsa.layout_qgsa import tile_relevance
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.prompt_qgsa import Prompt
 from modeling_qgsa.selection_qgsa import splice
+from modeling_qgsa.utility_qgsa import tile_utility
 from training.learning.feature_cache import with_features
 from training.learning.losses import attention_loss, budget_loss, contrastive_loss, patch_word_loss, utility_loss
 from training.learning.store import TensorStore
-from training.learning.teachers import cheapest_sufficient, tile_utility, visual_attention
+from training.learning.teachers import cheapest_sufficient, visual_attention
 from training.learning.training_arguments import QGSATrainingArguments
 
 
@@ -128,7 +129,7 @@ class QGSATrainer(Trainer):
         args, losses, layout = self.args, {}, glance.layout
         mass = tile_relevance(glance.relevance.exp(), layout)
         if args.utility_weight:
-            utility = tile_utility(model, glance, features, prompt)
+            utility = tile_utility(model, layout, features, prompt)
             losses["utility_loss"] = args.utility_weight * utility_loss(
                 mass, utility, layout, args.utility_temperature
             )
@@ -173,7 +174,7 @@ class QGSATrainer(Trainer):
         if args.complexity_weight:
             with torch.no_grad():
                 every = torch.ones_like(glance.layout.is_global)
-                scores = PointedScores(model.model.pointer, glance).of_tokens(features, every)
+                scores = PointedScores(glance).of_tokens(features, every)
             level = cheapest_sufficient(
                 model, glance, features, scores, prompt, Budget.of(config), args.complexity_tolerance
             )

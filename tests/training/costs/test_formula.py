@@ -52,7 +52,7 @@ def test_blocks(model, inputs):
     selection = model.select(**inputs, **options)
     with torch.no_grad():
         glance = model.model.glance_and_point(Request.take(model.config, dict(inputs)))
-        scores, budget = PointedScores(model.model.pointer, glance), (torch.tensor([2]), torch.tensor([20]))
+        scores, budget = PointedScores(glance), (torch.tensor([2]), torch.tensor([20]))
         counts = choose_tokens("blocks", scores, glance.layout, *budget).sum(1).tolist()
     whole, parts = counts.count(16), tuple(count for count in counts if 0 < count < 16)
     assert parts and whole + len(parts) == 1 + int(selection.tiles)

@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
+import modeling_qgsa.utility_qgsa as utility_qgsa
 import training.learning.teachers as teachers
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.request_qgsa import Request
 from modeling_qgsa.selection_qgsa import positions_to_keep
+from modeling_qgsa.utility_qgsa import Reading, read_answers, tile_utility
 from training.data.collator import QuestionCollator
 from training.learning.teachers import (
-    answer_log_likelihood,
     cheapest_sufficient,
     hard_positions,
     neutral_prompt,
     paid_attention,
-    tile_utility,
     visual_attention,
 )
 
@@ -52,7 +52,7 @@ def encode(model, batch):
 
 def score_all(model, glance, features):
     """The selector's scores of all visual tokens, `(T, P)`."""
-    return PointedScores(model.model.pointer, glance).of_tokens(features, torch.ones_like(glance.layout.is_global))
+    return PointedScores(glance).of_tokens(features, torch.ones_like(glance.layout.is_global))
 
 
 def embed(model, glance, features, prompt):
@@ -79,7 +79,7 @@ def test_likelihood_is_that_of_a_plain_forward(model, labelled):
     embeds = embed(model, glance, features, prompt)
     rows, keep = variants(glance.layout, prompt)
     with torch.no_grad():
-        scores = answer_log_likelihood(model, rows, keep, embeds, prompt)
+        scores = read_answers(model, rows, keep, embeds, prompt).log_likelihood
         for row, kept, score in zip(rows, keep, scores):
             hidden = model.model.text_model(
                 inputs_embeds=embeds[row, kept][None], position_ids=prompt.position_ids[row, kept][None]
@@ -97,10 +97,10 @@ def test_chunks_and_order_do_not_matter(chunk, model, labelled, monkeypatch):
     embeds = embed(model, glance, features, prompt)
     rows, keep = variants(glance.layout, prompt)
     with torch.no_grad():
-        expected = answer_log_likelihood(model, rows, keep, embeds, prompt)
-        monkeypatch.setattr(teachers, "CHUNK", chunk)
+        expected = read_answers(model, rows, keep, embeds, prompt).log_likelihood
+        monkeypatch.setattr(utility_qgsa, "CHUNK", chunk)
         order = torch.randperm(len(rows))
-        shuffled = answer_log_likelihood(model, rows[order], keep[order], embeds, prompt)
+        shuffled = read_answers(model, rows[order], keep[order], embeds, prompt).log_likelihood
     assert expected.std() > 0.01
     assert torch.allclose(shuffled, expected[order], atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_chunks_and_order_do_not_matter(chunk, model, labelled, monkeypatch):
 def test_utility_is_the_likelihood_of_the_model_that_looks_at_this_tile(model, labelled, processor, questions):
     glance, features, prompt = encode(model, labelled)
     layout = glance.layout
-    utility = tile_utility(model, glance, features, prompt)
+    utility = tile_utility(model, glance.layout, features, prompt)
     assert torch.equal(utility.isinf(), layout.is_global)
     for tile in (~layout.is_global).nonzero()[:, 0].tolist():
         row, ordinal = int(layout.tile_sample[tile]), int(layout.tile_ordinal[tile])
@@ -131,7 +131,7 @@ def test_utility_is_the_likelihood_of_the_model_that_looks_at_this_tile(model, l
 
 def test_utility_differs_between_tiles_and_carries_no_gradient(model, labelled):
     glance, features, prompt = encode(model, labelled)
-    utility = tile_utility(model, glance, features, prompt)
+    utility = tile_utility(model, glance.layout, features, prompt)
     assert not utility.requires_grad
     assert utility[:16].std() > 1e-3
 
@@ -139,7 +139,7 @@ def test_utility_differs_between_tiles_and_carries_no_gradient(model, labelled):
 def test_utility_of_single_tiles_is_nowhere_finite(model, processor, questions):
     batch = QuestionCollator(processor, image_kwargs={"do_image_splitting": False})(questions)
     glance, features, prompt = encode(model, batch)
-    assert tile_utility(model, glance, features, prompt).tolist() == [float("-inf")] * 3
+    assert tile_utility(model, glance.layout, features, prompt).tolist() == [float("-inf")] * 3
 
 
 # Attention to visual tokens
@@ -197,9 +197,7 @@ def cheapest(model, labelled):
     def run(tolerance, **overrides):
         budget = Budget.of(model.config, **overrides)
         with torch.no_grad():
-            scores = PointedScores(model.model.pointer, glance).of_tokens(
-                features, torch.ones_like(glance.layout.is_global)
-            )
+            scores = PointedScores(glance).of_tokens(features, torch.ones_like(glance.layout.is_global))
         return cheapest_sufficient(model, glance, features, scores, prompt, budget, tolerance)
 
     return run
@@ -235,7 +233,7 @@ def test_a_long_answer_is_held_to_the_same_tolerance(model, processor, questions
     tokens = int((prompt.labels[:, 1:] != -100).sum())
     assert tokens > 9
     likelihoods = tokens * torch.tensor([0.9] + [0.75] * 4 + [0.85] * 5).log()
-    monkeypatch.setattr(teachers, "answer_log_likelihood", lambda *args: likelihoods)
+    monkeypatch.setattr(teachers, "read_answers", lambda *args: Reading(likelihoods, None))
     budget = Budget.of(model.config)
     with torch.no_grad():
         scores = score_all(model, glance, features)
@@ -287,9 +285,7 @@ def test_hard_positions_are_what_inference_keeps(selection, complexity, model, l
     glance, features, prompt = encode(model, labelled)
     budget = Budget(selection, 8, 40, 0, 5)
     with torch.no_grad():
-        scores = PointedScores(model.model.pointer, glance).of_tokens(
-            features, torch.ones_like(glance.layout.is_global)
-        )
+        scores = PointedScores(glance).of_tokens(features, torch.ones_like(glance.layout.is_global))
     keep = hard_positions(model, glance, scores, prompt, budget, torch.full_like(glance.complexity, complexity))
     m, k = (int(value) for value in budget.resolve(torch.tensor(complexity)))
     fixed = {"min_tiles": m, "max_tiles": m, "min_visual_tokens": k, "max_visual_tokens": k}

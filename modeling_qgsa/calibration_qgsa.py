@@ -1,0 +1,365 @@
+"""Calibration of the attention pointer: which attention to read, and how much of what it points at is enough.
+
+It needs images and questions, but no answers, boxes or gradients: the dense model's own answers are the target. The
+samples are split in halves. On the first, weights are fitted to what each tile adds to the likelihood of the answer,
+and a budget is chosen by which the answers stay the same; on the second, the result is measured. Sizes as in
+`layout_qgsa`.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from transformers.utils import logging
+
+from .configuration_qgsa import MAX_BUDGET, QGSAConfig
+from .layout_qgsa import VisualLayout, tile_relevance
+from .pointer_qgsa import AttentionPointer, attention_layers, attention_scores, nowhere_share, tiles_to_cover
+from .prompt_qgsa import Prompt
+from .request_qgsa import Request
+from .selection_qgsa import positions_to_keep, top_k_per_image
+from .utility_qgsa import read_answers, tile_utility
+from .vision_qgsa import encode_tiles
+
+
+logger = logging.get_logger(__name__)
+ANSWER_TOKENS = 16  # of the dense answer; the rest of a long one hardly depends on what else is seen
+RIDGE = 10.0  # penalty on the weights of standardized maps
+KEEP_ALL = {"selection": "after_encoder", "min_visual_tokens": MAX_BUDGET, "max_visual_tokens": MAX_BUDGET}
+EVERY_TILE = 36  # the largest grid that the markers allow
+TEMPERATURES = torch.logspace(-3, 1, 81)  # of scores that are scaled to a standard deviation of 1
+COVERAGES = 1 - torch.logspace(-0.1, -3, 30)
+NOWHERE_QUANTILES = (0.05, 0.1, 0.2, 0.35, 0.5)
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A question, its dense answer, and what each tile adds to it.
+
+    Args:
+        input_ids, labels: `(1, L)` int64, the prompt with the dense answer, and the answer alone.
+        features: `(T, P, D)`, the tiles.
+        maps: `(I, layers, 2, C)`, see `AttentionPointer.read`.
+        utility: `(T,)`, see `tile_utility`.
+        alone: log-likelihood of the answer given the glances alone.
+        dense: log-likelihood of the answer given everything.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor
+    maps: torch.Tensor
+    utility: torch.Tensor
+    alone: float
+    dense: float
+
+    @property
+    def probability(self) -> float:
+        """The dense model's own probability of its answer: how little it guesses."""
+        return float(torch.tensor(self.dense).exp())
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        return Prompt.of(self.input_ids, labels=self.labels)
+
+
+@torch.no_grad()
+def observe(model, inputs: dict[str, torch.Tensor]) -> Observation:
+    """Encode every tile of one sample, answer its question, and read the answer with each tile alone.
+
+    Args:
+        inputs: output of the processor for one sample, on the device of the model.
+    """
+    request = Request.take(model.config, dict(inputs) | {"pointer": "attention", "selection": "after_encoder"})
+    layout, config = request.layout, model.config
+    assert layout is not None and request.prompt is not None and request.question_mask is not None
+    assert request.answer_position is not None
+    features = encode_tiles(model.model, request.visual, layout, torch.ones_like(layout.is_global))
+    pointer = AttentionPointer(
+        model.model.text_model, config, request.prompt, layout, request.answer_position, request.budget
+    )
+    question = model.get_input_embeddings()(request.prompt.input_ids)[layout.image_sample]
+    layers = attention_layers(config.text_config.num_hidden_layers)
+    maps = pointer.read(question, request.question_mask, features[layout.is_global], layers)
+    text = {"input_ids": request.prompt.input_ids, "attention_mask": request.prompt.attention_mask}
+    options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pointer": "attention", **KEEP_ALL}
+    input_ids = model.generate(**text, image_hidden_states=features, **options)
+    labels = input_ids.clone()
+    labels[:, : text["input_ids"].shape[1]] = -100
+    prompt = Prompt.of(input_ids, labels=labels)
+    layout = VisualLayout.of(config, input_ids)
+    every = torch.ones_like(layout.is_global)
+    embeds = model.model.embed(input_ids, layout, features, every)
+    glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
+    keep = torch.cat([glances, prompt.attention_mask.bool()])
+    alone, dense = read_answers(model, keep.new_zeros(2).long(), keep, embeds, prompt).log_likelihood.tolist()
+    utility = tile_utility(model, layout, features, prompt)
+    return Observation(input_ids, labels, features, maps, utility, alone, dense)
+
+
+def prepare(samples: Sequence[dict], processor) -> Iterator[dict[str, torch.Tensor]]:
+    """Processor outputs of single samples. Raises ValueError, naming the sample, if one cannot be read."""
+    for number in range(len(samples)):
+        try:
+            sample = samples[number]
+            images = sample["image"] if isinstance(sample["image"], (list, tuple)) else [sample["image"]]
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": sample["question"]}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            yield dict(processor(text=[text], images=[list(images)], return_tensors="pt"))
+        except Exception as error:  # an image may fail to decode in as many ways as there are formats
+            raise ValueError(
+                f"sample {number} of {len(samples)} cannot be read ({type(error).__name__}: {error}): samples need an "
+                "`image` and a `question`"
+            ) from error
+
+
+class Observations:
+    """Observations on disk, so that an interrupted calibration continues; without a folder they stay in memory.
+
+    Args:
+        folder: created if it does not exist.
+        model: an observation is found again if weights and inputs are the same.
+    """
+
+    def __init__(self, folder: str | Path | None, model):
+        self.folder = None if folder is None else Path(folder)
+        seen = hashlib.sha256()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for weight in model.parameters():
+                seen.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.maker = seen
+
+    def of(self, model, inputs: dict[str, torch.Tensor]) -> Observation:
+        """The observation of one sample: read, or made and stored. Files are complete or absent."""
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        if self.folder is None:
+            return observe(model, inputs)
+        key = self.maker.copy()
+        for name, value in sorted(inputs.items()):
+            key.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        path = self.folder / f"{key.hexdigest()[:32]}.pt"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.part")
+            torch.save(asdict(observe(model, inputs)), part)
+            part.replace(path)
+        return Observation(**torch.load(path, weights_only=True, map_location=model.device))
+
+
+def fit_weights(observations: list[Observation], config: QGSAConfig) -> list[list[float]]:
+    """Weights of the attention maps, `layers x 2`, by ridge regression in closed form.
+
+    The target of a tile is its share of a softmax over the utilities of the image's tiles. Images count by the
+    probability of the dense answer and by how much the best tile adds: where no tile adds anything, or the model
+    guesses, there is nothing to learn. Scores of all cells then have a standard deviation of 1.
+    """
+    inputs, targets, weights = [], [], []
+    for each in observations:
+        layout = VisualLayout.of(config, each.input_ids)
+        shares = torch.stack([tile_relevance(maps, layout) for maps in each.maps.flatten(1, 2).unbind(1)], dim=1)
+        for image in range(len(layout.grids)):
+            tiles = (layout.tile_image == image) & ~layout.is_global
+            if not tiles.any():
+                continue
+            utility = each.utility[tiles]
+            inputs.append(shares[tiles] - shares[tiles].mean(0))
+            targets.append(utility.softmax(0) - 1 / len(utility))
+            spread = (utility.max() - utility.mean()).clamp(min=0) * each.probability
+            weights.append(spread.expand(len(utility)))
+    x, y, w = torch.cat(inputs).double(), torch.cat(targets).double(), torch.cat(weights).double()[:, None]
+    w = w / w.mean().clamp(min=torch.finfo(w.dtype).tiny)
+    scale = (w * x**2).mean(0).sqrt().clamp(min=1e-9)
+    x = x / scale
+    penalty = RIDGE * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    fitted = torch.linalg.solve(x.T @ (w * x) + penalty, x.T @ (w * y[:, None]))[:, 0] / scale
+    fitted = fitted.view(-1, 2)
+    scores = torch.cat([attention_scores(each.maps.double(), fitted.tolist()).flatten() for each in observations])
+    return (fitted / scores.std().clamp(min=1e-9)).tolist()
+
+
+def fit_temperature(observations: list[Observation], weights: list[list[float]], config: QGSAConfig) -> float:
+    """The temperature at which relevance comes closest to the shares of utility, by cross entropy."""
+    losses = torch.zeros(len(TEMPERATURES))
+    for each in observations:
+        layout = VisualLayout.of(config, each.input_ids)
+        scores = attention_scores(each.maps, weights)
+        for number, temperature in enumerate(TEMPERATURES.tolist()):
+            mass = tile_relevance((scores / temperature).softmax(1), layout).clamp(min=1e-9).log()
+            for image in range(len(layout.grids)):
+                tiles = (layout.tile_image == image) & ~layout.is_global
+                if tiles.any():
+                    utility = each.utility[tiles]
+                    weight = each.probability * (utility.max() - utility.mean())
+                    losses[number] -= float(weight * (utility.softmax(0) * mass[tiles]).sum())
+    return float(TEMPERATURES[losses.argmin()])
+
+
+class Trials:
+    """Answers of some observations with the tiles that a choice would encode; each is read once.
+
+    Args:
+        model: the QGSA model.
+        observations: the samples.
+        weights, temperature: fitted ones, which rank the tiles.
+    """
+
+    def __init__(self, model, observations: list[Observation], weights: list[list[float]], temperature: float):
+        self.model, self.observations = model, observations
+        self.layouts = [VisualLayout.of(model.config, each.input_ids) for each in observations]
+        self.scores = [attention_scores(each.maps, weights) for each in observations]
+        self.temperature = temperature
+        self.masses = [
+            tile_relevance((scores / temperature).softmax(1), layout)
+            for scores, layout in zip(self.scores, self.layouts)
+        ]
+        self.chance = torch.tensor([each.probability for each in observations], dtype=torch.float64)
+        self.read: dict[tuple[int, ...], bool] = {}
+
+    def tiles(self, coverage: float, nowhere: float | None) -> list[torch.Tensor]:
+        """The number of tiles that each image of each sample would get."""
+        shares = [nowhere_share(scores, self.temperature, nowhere) for scores in self.scores]
+        parts = zip(self.masses, self.layouts, shares)
+        return [tiles_to_cover(mass, layout, coverage, share) for mass, layout, share in parts]
+
+    def agrees(self, number: int, tiles: torch.Tensor) -> bool:
+        """Whether a sample is answered as by the dense model with this many tiles of each image."""
+        key = (number, *tiles.tolist())
+        if key not in self.read:
+            each, layout = self.observations[number], self.layouts[number]
+            chosen = top_k_per_image(self.masses[number], ~layout.is_global, layout, tiles) | layout.is_global
+            keep = positions_to_keep(
+                each.prompt.attention_mask, layout, chosen[:, None].expand(each.features.shape[:2])
+            )
+            embeds = self.model.model.embed(each.input_ids, layout, each.features, torch.ones_like(chosen))
+            self.read[key] = bool(read_answers(self.model, tiles.new_zeros(1), keep, embeds, each.prompt).agrees)
+        return self.read[key]
+
+    def loyalty(self, tiles: list[torch.Tensor], at_least: float = 0.0) -> torch.Tensor | None:
+        """Which samples agree, `(n,)` bool; None as soon as they cannot reach the weighted share `at_least`."""
+        allowed = (1 - at_least + 1e-9) * self.chance.sum()
+        agreed = torch.ones(len(tiles), dtype=torch.bool)
+        for number in self.chance.argsort(descending=True).tolist():
+            agreed[number] = self.agrees(number, tiles[number])
+            if self.chance[~agreed].sum() > allowed:
+                return None
+        return agreed
+
+
+def choose_budget(trials: Trials, target_loyalty: float) -> tuple[float, float | None] | None:
+    """The cheapest coverage, and score of looking nowhere, that keep the answers; None if none is below dense."""
+    highest = torch.stack([scores.amax() for scores in trials.scores])
+    thresholds = [None, *torch.quantile(highest, highest.new_tensor(NOWHERE_QUANTILES)).tolist()]
+    candidates = [(coverage, nowhere) for coverage in COVERAGES.tolist() for nowhere in thresholds]
+    tiles = [trials.tiles(*candidate) for candidate in candidates]
+    costs = [float(torch.cat(each).float().mean()) for each in tiles]
+    everything = torch.cat([layout.grids.prod(1) for layout in trials.layouts]).float().mean()
+    for number in sorted(range(len(candidates)), key=lambda each: costs[each]):
+        if costs[number] < 0.9 * everything and trials.loyalty(tiles[number], target_loyalty) is not None:
+            return candidates[number]
+    return None
+
+
+def bootstrap_interval(agreed: torch.Tensor, weights: torch.Tensor) -> list[float]:
+    """95 % interval of a weighted share, by resampling the samples."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(agreed), (BOOTSTRAP, len(agreed)), generator=generator)
+    shares = (agreed.double() * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    return torch.quantile(shares, torch.tensor([0.025, 0.975], dtype=shares.dtype)).tolist()
+
+
+def measure(trials: Trials, coverage: float, nowhere: float | None) -> dict[str, Any]:
+    """Loyalty and cost of a choice on samples that it was not fitted on."""
+    tiles = trials.tiles(coverage, nowhere)
+    agreed = trials.loyalty(tiles)
+    assert agreed is not None
+    return {
+        "loyalty": float((agreed.double() * trials.chance).sum() / trials.chance.sum()),
+        "loyalty_ci95": bootstrap_interval(agreed, trials.chance),
+        "loyalty_unweighted": float(agreed.double().mean()),
+        "tiles_mean": float(torch.cat(tiles).float().mean()),
+        "held_out_samples": len(tiles),
+    }
+
+
+def check_samples(samples: Sequence[dict], target_loyalty: float, layers: int):
+    """Raise ValueError if there are too few samples for the weights of so many layers, or the loyalty is no share."""
+    if not 0 < target_loyalty <= 1:
+        raise ValueError(f"target_loyalty ({target_loyalty}) must be in (0, 1]")
+    least = 2 * 2 * layers
+    if len(samples) < least:
+        raise ValueError(
+            f"samples ({len(samples)}) must be at least {least}: half of them fit {2 * layers} weights, 2 for each of "
+            f"{layers} layers"
+        )
+
+
+def observe_all(model, samples: Sequence[dict], processor, folder: str | Path | None) -> list[Observation]:
+    """Observe every sample, with a progress bar, after an estimate of the time that it takes.
+
+    Raises ValueError if a sample cannot be read, or if no image has more than one tile.
+    """
+    store, observations = Observations(folder, model), []
+    began = time.perf_counter()
+    for inputs in tqdm(prepare(samples, processor), total=len(samples), desc="calibration"):
+        observations.append(store.of(model, inputs))
+        if len(observations) == 1:
+            minutes = (time.perf_counter() - began) * len(samples) / 60
+            logger.warning(f"calibration: about {minutes:.1f} minutes for {len(samples)} samples")
+    if all((each.utility == float("-inf")).all() for each in observations):
+        raise ValueError(
+            f"samples ({len(samples)}): every image has one tile only, so that there is nothing to choose from"
+        )
+    return observations
+
+
+def calibrate_pointer(
+    model, samples: Sequence[dict], processor, target_loyalty: float = 0.99, folder: str | Path | None = None
+) -> dict[str, Any]:
+    """Fit the attention pointer and its budget to this model, and write both into the config.
+
+    It takes images and questions, but no answers: those of the dense model are the target. Half of the samples,
+    at best 100 to 200, are for fitting; what is reported was measured on the other half.
+
+    Args:
+        samples: sequence of dicts with `image` (PIL, or a list of them) and `question`.
+        target_loyalty: share of the answers that should be those of the dense model, weighted by its probability
+            for them; if no smaller budget keeps it, `selection` becomes "dense".
+        folder: keeps what was observed, so that an interrupted calibration continues; about 3 MB per sample.
+
+    Returns what was measured, also `config.calibration`. Raises ValueError, before anything is changed, for fewer
+    samples than twice the weights, samples that cannot be read, and images that all have a single tile.
+    """
+    config, layers = model.config, attention_layers(model.config.text_config.num_hidden_layers)
+    check_samples(samples, target_loyalty, layers)
+    training = model.training
+    try:
+        observations = observe_all(model.eval(), samples, processor, folder)
+        fitted_on, held_out = observations[::2], observations[1::2]
+        weights = fit_weights(fitted_on, config)
+        temperature = fit_temperature(fitted_on, weights, config)
+        with torch.no_grad():
+            chosen = choose_budget(Trials(model, fitted_on, weights, temperature), target_loyalty)
+            trials = Trials(model, held_out, weights, temperature)
+            measured = measure(trials, *(chosen or (1.0, None)))
+    finally:
+        model.train(training)
+    record = {"target_loyalty": target_loyalty, "samples": len(samples), **measured, "dense": chosen is None}
+    config.selection = "dense" if chosen is None else "before_encoder"
+    config.pointer, config.attention_weights, config.attention_temperature = "attention", weights, temperature
+    config.attention_coverage, config.attention_nowhere = chosen or (1.0, None)
+    config.min_tiles, config.max_tiles, config.calibration = 0, EVERY_TILE, record
+    config.keep_whole_tiles()
+    if chosen is None:
+        logger.warning(
+            f"calibration: no budget below the dense cost keeps {target_loyalty:.1%} of the answers, so selection is "
+            'set to "dense"'
+        )
+    return record
