@@ -1,6 +1,6 @@
 """The systems of a table: dense, the controls, question-guided selection, and every method of the list."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from modeling_qgsa.configuration_qgsa import Budget
 from training.costs.systems import present_names
@@ -31,11 +31,19 @@ class System:
     @property
     def budget(self) -> Budget:
         """The selection and the budgets in force: the model's own with `options` on top."""
-        return Budget.of(self.model.config, **self.options)
+        names = {each.name for each in fields(Budget)}
+        return Budget.of(self.model.config, **{name: self.options[name] for name in names & self.options.keys()})
 
 
 DENSE = {"selection": "dense"}
+ATTENTION_TILES = 4  # tiles that qgsa-attention looks at, without calibration
 FORMER_NAMES = {"dense-tuned": "dense-finetuned"}
+
+
+def whole_tiles(config, tiles: int) -> dict[str, int]:
+    """Options that spend a number of tiles on every question, and keep them and the glance whole."""
+    tokens = config.tokens_per_tile * (1 + tiles)
+    return {"min_tiles": tiles, "max_tiles": tiles, "min_visual_tokens": tokens, "max_visual_tokens": tokens}
 
 
 def standard_systems(dense, finetuned) -> list[System]:
