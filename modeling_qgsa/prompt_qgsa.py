@@ -93,11 +93,13 @@ class ChatFormat(NamedTuple):
         end_of_utterance_token_id: the token that closes a turn.
         assistant_token_ids: the tokens that open an answer, without white space before them.
         user_header: the words before a question, such as "User:".
+        answer_header: all tokens between a closed question and its answer.
     """
 
     end_of_utterance_token_id: int
     assistant_token_ids: list[int]
     user_header: str
+    answer_header: list[int]
 
 
 def tokenizer_of(source):
@@ -119,7 +121,7 @@ def read_chat_format(source) -> ChatFormat:
         except Exception:  # a template may raise anything for a form of content that it does not know
             continue
     end, *header = tokenizer("<end_of_utterance>\nAssistant:", add_special_tokens=False)["input_ids"]
-    return ChatFormat(end, _without_space(tokenizer, header), "User:")
+    return ChatFormat(end, _without_space(tokenizer, header), "User:", header)
 
 
 def _without_space(tokenizer, ids: list[int]) -> list[int]:
@@ -134,15 +136,17 @@ def _render_and_read(renderer, tokenizer, content) -> ChatFormat:
     asked = renderer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
     answered = renderer.apply_chat_template([user, assistant], tokenize=False)
     before, _, after = asked.rpartition(QUESTION)
+    follows = [after, answered.rpartition(QUESTION)[2]]
     # White space at the end of a header can merge with the first word of an answer into one token.
-    between = os.path.commonprefix([after, answered.rpartition(QUESTION)[2]]).rstrip()
+    between = os.path.commonprefix(follows).rstrip()
+    _, *answer_header = os.path.commonprefix(tokenizer(follows, add_special_tokens=False)["input_ids"])
     end, *header = tokenizer(between, add_special_tokens=False)["input_ids"]
     header = _without_space(tokenizer, header)
     if end not in tokenizer.get_added_vocab().values() or not header:
         raise ValueError(f"chat_template: no special token closes a user's turn, which is followed by {between!r}")
     opening = before.rpartition(tokenizer.decode([end]))[2]
     words = tokenizer.decode(tokenizer(opening, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
-    return ChatFormat(end, header, words.strip())
+    return ChatFormat(end, header, words.strip(), answer_header)
 
 
 @dataclass(frozen=True)

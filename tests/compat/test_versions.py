@@ -5,14 +5,13 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from former import to_former_names
 
 from training.data.cards import Cards
 
@@ -36,10 +35,7 @@ def folder(tmp_path_factory):
 def with_former_names(folder, name):
     """A copy of the exported folder whose weights are named as version 0.2 named them."""
     copy = shutil.copytree(folder / "qgsa-tiny", folder / name)
-    weights = load_file(copy / "model.safetensors")
-    former = {re.sub(r"(self_attn\.in_proj)\.", r"\1_", name): weight for name, weight in weights.items()}
-    assert sum("in_proj_" in name for name in former) == 4
-    save_file(former, copy / "model.safetensors", metadata={"format": "pt"})
+    to_former_names(copy / "model.safetensors")
     return copy
 
 

@@ -11,12 +11,13 @@ from modeling_qgsa.prompt_qgsa import ChatFormat, Turns, find_question, read_cha
 
 HEADER = [5, 6]  # opens an answer
 BOS = 1
+CHAT = ChatFormat(END, HEADER, "", [NEWLINE, *HEADER])
 
 
 def find(ids, labelled=(), readable=None):
     """The question of one prompt of ids, of which the positions `labelled` have a label."""
     ids = prompts(ids)
-    turns = Turns.of(ChatFormat(END, HEADER, ""), ids, ids != PAD if readable is None else readable, BOS)
+    turns = Turns.of(CHAT, ids, ids != PAD if readable is None else readable, BOS)
     unlabelled = torch.ones_like(ids, dtype=torch.bool)
     unlabelled[0, list(labelled)] = False
     return ids[find_question(turns, unlabelled)].tolist()
@@ -77,7 +78,7 @@ def test_nothing_hidden_is_read():
 def test_batch_equals_single():
     rows = [[BOS, 20, 21, END, *HEADER, 30, END], [BOS, 50, END, *HEADER], [BOS, 60, 61]]
     ids = prompts(*rows)
-    question = find_question(Turns.of(ChatFormat(END, HEADER, ""), ids, ids != PAD), torch.ones_like(ids).bool())
+    question = find_question(Turns.of(CHAT, ids, ids != PAD), torch.ones_like(ids).bool())
     assert [each[mask].tolist() for each, mask in zip(ids, question)] == [find(row) for row in rows]
 
 
@@ -88,7 +89,9 @@ def test_a_chat_format_is_read_from_the_template(name, processor):
     tokenizer = other.tokenizer
     newline, *ids = tokenizer(header, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode([newline]) == "\n"
-    expected = ChatFormat(tokenizer.convert_tokens_to_ids(end), ids, user)
+    closing = other.apply_chat_template([turn("user", "Q")], add_generation_prompt=True).rpartition(end)[2]
+    following = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    expected = ChatFormat(tokenizer.convert_tokens_to_ids(end), ids, user, following)
     assert read_chat_format(other) == expected
     tokenizer.chat_template = template
     assert read_chat_format(tokenizer) == expected

@@ -114,6 +114,19 @@ def test_with_everything_kept_logits_are_those_of_the_stock_model(make_dense, mo
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_with_everything_kept_hidden_states_are_not_copied(training, make_model, single):
+    """They have gradients, and no second copy of the logits takes memory."""
+    model, seen = make_model(**WHOLE).train(training), []
+    model.model.text_model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = model(**single, output_hidden_states=True)
+    assert outputs.selection.keep_indices.shape == single["input_ids"].shape
+    assert training or outputs.hidden_states[-1] is seen[0]
+    outputs.hidden_states[0].retain_grad()
+    outputs.logits[0, -1, 0].backward()
+    assert outputs.hidden_states[0].grad.any()
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_label_smoothing(training, make_model, labelled):
     outputs = make_model().train(training)(**labelled)
     loss = LabelSmoother(0.1)(outputs, labelled["labels"], shift_labels=True)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from accelerate import disk_offload
+from former import to_former_names
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,14 +33,6 @@ def former_layer():
         for weight in layer.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
     return layer
-
-
-def to_former_names(path):
-    """Rename the weights of a safetensors file as version 0.2 named them."""
-    weights = load_file(path)
-    former = {re.sub(r"(self_attn\.in_proj)\.", r"\1_", name): weight for name, weight in weights.items()}
-    assert sum(name.endswith(("in_proj_weight", "in_proj_bias")) for name in former) == 4
-    save_file(former, path, metadata={"format": "pt"})
 
 
 def logits(model, inputs, **options):

@@ -90,21 +90,21 @@ def test_a_spawned_worker(kind, stock, exported, asked, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs `train_in_processes.py`, once for each kind and number of processes; the report of each process."""
+    """Runs `train_in_processes.py`, once for each kind, tool and number of processes; the report of each process."""
 
     @functools.cache
-    def train(kind, processes):
+    def train(kind, tool, processes):
         folder = tmp_path_factory.mktemp("trained")
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run(
-            [*launcher, TRAIN, HUB, folder, kind],
+            [*launcher, TRAIN, HUB, folder, kind, tool],
             capture_output=True,
             text=True,
             cwd=folder,
             env=environment(PYTHONPATH=str(HUB.parent)),
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
@@ -113,14 +113,26 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["default", "not looked for", "reentrant", "non-reentrant"])
-def test_two_processes(kind, scenario, trained):
+@pytest.mark.parametrize(
+    ("tool", "scenario"),
+    [
+        ("trainer", "default"),
+        ("trainer", "not looked for"),
+        ("trainer", "reentrant"),
+        ("trainer", "non-reentrant"),
+        ("sft", "default"),
+        ("sft", "without checkpointing"),
+    ],
+)
+def test_two_processes(kind, tool, scenario, trained):
     """Both processes end with the same weights; without random budgets, with those of one process on both batches."""
-    one, two = (report[scenario] for report in trained(kind, 2))
+    if tool == "sft":
+        pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    one, two = (report[scenario] for report in trained(kind, tool, 2))
     assert "error" not in one, one["error"]
     assert one == two and len(one["losses"]) == 2
     if kind in ("stock", "dense"):
-        alone = trained(kind, 1)[0][scenario]
+        alone = trained(kind, tool, 1)[0][scenario]
         assert one["losses"] == pytest.approx(alone["losses"], abs=1e-3)
         assert one["weights"] == pytest.approx(alone["weights"], rel=1e-4)
     else:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling_qgsa.prompt_qgsa import read_chat_format
+
 
 def conversation(sample: dict, with_answer: bool) -> list[dict]:
     """Chat messages of a sample: image, questions and answers, without the last answer unless `with_answer`.
@@ -42,14 +44,6 @@ def answer_labels(input_ids: torch.Tensor, header: list[int], end_id: int) -> to
     return labels
 
 
-def turn_markers(processor) -> tuple[int, list[int]]:
-    """The token that closes a turn, and those that begin an assistant's turn, by the processor's chat template."""
-    question = {"role": "user", "content": [{"type": "text", "text": "QUESTION"}]}
-    asked = processor.apply_chat_template([question], add_generation_prompt=True)
-    end_id, *header = processor.tokenizer(asked.rpartition("QUESTION")[2], add_special_tokens=False)["input_ids"]
-    return end_id, header
-
-
 @dataclass
 class QuestionCollator:
     """Collate samples with `image`, `question` and `answer` (or `turns`) into processed tensors with `labels`.
@@ -61,6 +55,8 @@ class QuestionCollator:
         image_kwargs: options passed to the image processor with every call.
         alignment: a `PatchWordAlignment` that adds `patch_words`, `(batch, cells)` float32, the similarity between
             cells and words.
+
+    Raises ValueError if the answer of a sample is not found by the chat template.
     """
 
     processor: object
@@ -84,8 +80,20 @@ class QuestionCollator:
             **(self.image_kwargs or {}),
         )
         if self.with_answer:
-            end_id, header = turn_markers(self.processor)
-            inputs["labels"] = answer_labels(inputs["input_ids"], header, end_id)
+            inputs["labels"] = self.labels(inputs["input_ids"])
         if self.alignment is not None:
             inputs["patch_words"] = self.alignment.similarity(samples)
         return dict(inputs)
+
+    def labels(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Labels of `input_ids`, see `answer_labels`, by the processor's chat template."""
+        chat = read_chat_format(self.processor)
+        labels = answer_labels(input_ids, chat.answer_header, chat.end_of_utterance_token_id)
+        for sample in (labels == -100).all(1).nonzero()[:1, 0].tolist():
+            opening = self.processor.tokenizer.decode([chat.end_of_utterance_token_id, *chat.answer_header])
+            raise ValueError(
+                f"sample {sample}: 0 of {input_ids.shape[1]} positions are labelled, since no answer follows "
+                f"{opening!r}. Use a chat template in which a special token closes every turn, and answers that do "
+                "not begin with a blank line"
+            )
+        return labels

@@ -2,17 +2,20 @@
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save
 from transformers import BitsAndBytesConfig
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.selector_qgsa import FORMER_NAMES
 from training.cli.groups import FeatureArguments, ModelArguments, SelectionArguments
 from training.data.collator import QuestionCollator
 from training.learning.clip_alignment import PatchWordAlignment
 from training.learning.feature_cache import open_feature_cache
-from training.learning.store import TensorStore
+from training.learning.store import TensorStore, replace_file
 from training.learning.trainer import QGSATrainer
 from training.learning.training_arguments import QGSATrainingArguments
 
@@ -68,6 +71,9 @@ def train_selection(
         train_dataset=train,
         data_collator=QuestionCollator(processor, alignment=alignment),
     )
+    if args.resume_from_checkpoint:
+        with args.main_process_first():
+            rename_former_weights(Path(args.resume_from_checkpoint))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if model.quantization != "none":  # the adapters are merged into the weights from before quantization
         adapter = f"{args.output_dir}/adapter"
@@ -75,6 +81,22 @@ def train_selection(
         trainer.accelerator.wait_for_everyone()
         return PeftModel.from_pretrained(base, adapter).merge_and_unload().to(args.device)
     return trainer.model.merge_and_unload() if model.lora_rank else trainer.model
+
+
+def rename_former_weights(checkpoint: Path):
+    """Give the adapters in a checkpoint of version 0.2 the present names of their weights, in place.
+
+    PEFT does so for `PeftModel.from_pretrained`, and not for `load_adapter`, with which Trainer resumes.
+    """
+    path = checkpoint / "adapter_model.safetensors"
+    weights = load_file(path) if path.is_file() else {}
+    present = {}
+    for name, weight in weights.items():
+        for former, now in FORMER_NAMES.items():
+            name = name.replace(former, now)
+        present[name] = weight
+    if present.keys() != weights.keys():
+        replace_file(path, save(present, metadata={"format": "pt"}))
 
 
 def max_bytes(features: FeatureArguments) -> int:

@@ -118,6 +118,26 @@ def test_answers_are_labelled_under_every_chat_template(name, processor, turns):
         assert not (mask.bool() & (labels != -100)).any()
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_labels_begin_where_generation_does(name, processor, turns):
+    """White space of the template is not labelled, that of the answer is: tokens of numbers are separate from it."""
+    other = with_template(processor, TEMPLATES[name][0])
+    samples = [{**turns[0], "answer": answer} for answer in ("star", "7", "", "\nstar", "  two", "star: 7")]
+    trained, asked = (QuestionCollator(other, with_answer=each)(samples[:1]) for each in (True, False))
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])
+    labels = QuestionCollator(other)(samples)["labels"]
+    assert (labels[:, :length] == -100).all() and (labels[:, length] != -100).all()
+
+
+def test_answers_that_are_not_found_are_refused(processor, turns):
+    """Turns that no special token closes are read as SmolVLM's, which are not there."""
+    template = TEMPLATES["smolvlm"][0].replace("<end_of_utterance>", "")
+    collate = QuestionCollator(with_template(processor, template))
+    with pytest.raises(ValueError, match="sample 0: 0 of .* positions are labelled.*Assistant:"):
+        collate(turns)
+
+
 def test_the_image_processor_gets_its_options(stock_processor, turns):
     collate = QuestionCollator(stock_processor, image_kwargs={"do_image_splitting": False})
     assert collate(turns)["pixel_values"].shape[1] == 1

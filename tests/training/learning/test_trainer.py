@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from former import to_former_names
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.utils import is_bitsandbytes_available
@@ -390,6 +391,31 @@ def test_a_stopped_run_goes_on_as_if_unbroken(rank, make_trainer, tmp_path):
         assert torch.equal(expected[name], weights[name]), name
     halfway = weights_of(stopped.model)
     assert not all(torch.equal(expected[name], halfway[name]) for name in expected)
+
+
+def test_a_stopped_run_of_version_0_2_goes_on(make_dense, processor, tmp_path):
+    """Its checkpoints name weights of the selector as before; everything else is found where it was."""
+    selection = SelectionArguments(min_visual_tokens=8, max_visual_tokens=32, max_tiles=3)
+
+    def run(folder, **options):
+        args = QGSATrainingArguments(
+            str(tmp_path / folder),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=1,
+            **options,
+        )
+        groups = ModelArguments(), selection, FeatureArguments()
+        return weights_of(train_selection(make_dense("idefics3"), processor, Cards("train", 16), *groups, args))
+
+    expected, half = run("unbroken"), tmp_path / "unbroken" / "checkpoint-1"
+    to_former_names(half / "adapter_model.safetensors")
+    found = run("resumed", resume_from_checkpoint=str(half))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 # Quantized bases
