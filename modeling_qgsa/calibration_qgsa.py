@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -36,6 +37,7 @@ KEEP_ALL = {"selection": "after_encoder", "min_visual_tokens": MAX_BUDGET, "max_
 EVERY_TILE = 36  # the largest grid that the markers allow
 TEMPERATURES = torch.logspace(-3, 1, 81)  # of scores that are scaled to a standard deviation of 1
 COVERAGES = 1 - torch.logspace(-0.1, -3, 30)
+SHARPER = (1.0, 0.7, 0.5, 0.35)  # factors of the fitted temperature: what is enough differs from what is likely
 NOWHERE_QUANTILES = (0.05, 0.1, 0.2, 0.35, 0.5)
 BOOTSTRAP = 2000
 
@@ -202,39 +204,48 @@ def fit_temperature(observations: list[Observation], weights: list[list[float]],
     return float(TEMPERATURES[losses.argmin()])
 
 
+class Spending(NamedTuple):
+    """How relevance becomes tiles: fields of [`QGSAConfig`] without `attention_`."""
+
+    temperature: float
+    coverage: float
+    nowhere: float | None
+
+
 class Trials:
-    """Answers of some observations with the tiles that a choice would encode; each is read once.
+    """Answers of some observations with the tiles that a spending encodes; each is read once.
 
     Args:
         model: the QGSA model.
         observations: the samples.
-        weights, temperature: fitted ones, which rank the tiles.
+        weights: fitted ones, which score the cells.
     """
 
-    def __init__(self, model, observations: list[Observation], weights: list[list[float]], temperature: float):
+    def __init__(self, model, observations: list[Observation], weights: list[list[float]]):
         self.model, self.observations = model, observations
         self.layouts = [VisualLayout.of(model.config, each.input_ids) for each in observations]
         self.scores = [attention_scores(each.maps, weights) for each in observations]
-        self.temperature = temperature
-        self.masses = [
-            tile_relevance((scores / temperature).softmax(1), layout)
-            for scores, layout in zip(self.scores, self.layouts)
-        ]
         self.chance = torch.tensor([each.probability for each in observations], dtype=torch.float64)
         self.read: dict[tuple[int, ...], bool] = {}
 
-    def tiles(self, coverage: float, nowhere: float | None) -> list[torch.Tensor]:
-        """The number of tiles that each image of each sample would get."""
-        shares = [nowhere_share(scores, self.temperature, nowhere) for scores in self.scores]
-        parts = zip(self.masses, self.layouts, shares)
-        return [tiles_to_cover(mass, layout, coverage, share) for mass, layout, share in parts]
+    def mass(self, number: int, temperature: float) -> torch.Tensor:
+        """Relevance of the tiles of one sample, `(T,)`."""
+        return tile_relevance((self.scores[number] / temperature).softmax(1), self.layouts[number])
 
-    def agrees(self, number: int, tiles: torch.Tensor) -> bool:
-        """Whether a sample is answered as by the dense model with this many tiles of each image."""
-        key = (number, *tiles.tolist())
+    def tiles(self, spent: Spending) -> list[torch.Tensor]:
+        """The number of tiles that each image of each sample would get."""
+        counts = []
+        for number, (scores, layout) in enumerate(zip(self.scores, self.layouts)):
+            nowhere = nowhere_share(scores, spent.temperature, spent.nowhere)
+            counts.append(tiles_to_cover(self.mass(number, spent.temperature), layout, spent.coverage, nowhere))
+        return counts
+
+    def agrees(self, number: int, tiles: torch.Tensor, temperature: float) -> bool:
+        """Whether a sample is answered as by the dense model with this many tiles of each image, the best ones."""
+        each, layout = self.observations[number], self.layouts[number]
+        chosen = top_k_per_image(self.mass(number, temperature), ~layout.is_global, layout, tiles) | layout.is_global
+        key = (number, *chosen.nonzero()[:, 0].tolist())
         if key not in self.read:
-            each, layout = self.observations[number], self.layouts[number]
-            chosen = top_k_per_image(self.masses[number], ~layout.is_global, layout, tiles) | layout.is_global
             keep = positions_to_keep(
                 each.prompt.attention_mask, layout, chosen[:, None].expand(each.features.shape[:2])
             )
@@ -242,28 +253,41 @@ class Trials:
             self.read[key] = bool(read_answers(self.model, tiles.new_zeros(1), keep, embeds, each.prompt).agrees)
         return self.read[key]
 
-    def loyalty(self, tiles: list[torch.Tensor], at_least: float = 0.0) -> torch.Tensor | None:
-        """Which samples agree, `(n,)` bool; None as soon as they cannot reach the weighted share `at_least`."""
-        allowed = (1 - at_least + 1e-9) * self.chance.sum()
+    def loyalty(self, spent: Spending, target: float | None = None) -> torch.Tensor | None:
+        """Which samples agree, `(n,)` bool; None as soon as they cannot reach a weighted share of `target`.
+
+        The share is the mean of its posterior under Jeffreys' prior, (k + 1/2) / (n + 1) of the answers lost: the
+        cheapest of many spendings that happens to lose few would otherwise promise too much. Losing none is enough.
+        """
+        tiles, allowed = self.tiles(spent), float("inf")
+        if target is not None:
+            one = self.chance.mean()
+            allowed = max(0.0, float((1 - target) * (self.chance.sum() + one) - one / 2))
         agreed = torch.ones(len(tiles), dtype=torch.bool)
         for number in self.chance.argsort(descending=True).tolist():
-            agreed[number] = self.agrees(number, tiles[number])
+            agreed[number] = self.agrees(number, tiles[number], spent.temperature)
             if self.chance[~agreed].sum() > allowed:
                 return None
         return agreed
 
 
-def choose_budget(trials: Trials, target_loyalty: float) -> tuple[float, float | None] | None:
-    """The cheapest coverage, and score of looking nowhere, that keep the answers; None if none is below dense."""
+def choose_spending(trials: Trials, temperature: float, target_loyalty: float) -> Spending | None:
+    """The cheapest spending that keeps the answers; None if none is below dense.
+
+    Args:
+        temperature: the fitted one.
+    """
     highest = torch.stack([scores.amax() for scores in trials.scores])
     thresholds = [None, *torch.quantile(highest, highest.new_tensor(NOWHERE_QUANTILES)).tolist()]
-    candidates = [(coverage, nowhere) for coverage in COVERAGES.tolist() for nowhere in thresholds]
-    tiles = [trials.tiles(*candidate) for candidate in candidates]
-    costs = [float(torch.cat(each).float().mean()) for each in tiles]
+    candidates = [
+        Spending(temperature * factor, coverage, nowhere)
+        for factor, coverage, nowhere in product(SHARPER, COVERAGES.tolist(), thresholds)
+    ]
+    costs = {each: float(torch.cat(trials.tiles(each)).float().mean()) for each in candidates}
     everything = torch.cat([layout.grids.prod(1) for layout in trials.layouts]).float().mean()
-    for number in sorted(range(len(candidates)), key=lambda each: costs[each]):
-        if costs[number] < 0.9 * everything and trials.loyalty(tiles[number], target_loyalty) is not None:
-            return candidates[number]
+    for each in sorted(candidates, key=lambda candidate: costs[candidate]):
+        if costs[each] < 0.9 * everything and trials.loyalty(each, target_loyalty) is not None:
+            return each
     return None
 
 
@@ -275,17 +299,16 @@ def bootstrap_interval(agreed: torch.Tensor, weights: torch.Tensor) -> list[floa
     return torch.quantile(shares, torch.tensor([0.025, 0.975], dtype=shares.dtype)).tolist()
 
 
-def measure(trials: Trials, coverage: float, nowhere: float | None) -> dict[str, Any]:
-    """Loyalty and cost of a choice on samples that it was not fitted on."""
-    tiles = trials.tiles(coverage, nowhere)
-    agreed = trials.loyalty(tiles)
+def measure(trials: Trials, spent: Spending) -> dict[str, Any]:
+    """Loyalty and cost of a spending on samples that it was not fitted on."""
+    agreed = trials.loyalty(spent)
     assert agreed is not None
     return {
         "loyalty": float((agreed.double() * trials.chance).sum() / trials.chance.sum()),
         "loyalty_ci95": bootstrap_interval(agreed, trials.chance),
         "loyalty_unweighted": float(agreed.double().mean()),
-        "tiles_mean": float(torch.cat(tiles).float().mean()),
-        "held_out_samples": len(tiles),
+        "tiles_mean": float(torch.cat(trials.tiles(spent)).float().mean()),
+        "held_out_samples": len(agreed),
     }
 
 
@@ -346,15 +369,15 @@ def calibrate_pointer(
         weights = fit_weights(fitted_on, config)
         temperature = fit_temperature(fitted_on, weights, config)
         with torch.no_grad():
-            chosen = choose_budget(Trials(model, fitted_on, weights, temperature), target_loyalty)
-            trials = Trials(model, held_out, weights, temperature)
-            measured = measure(trials, *(chosen or (1.0, None)))
+            chosen = choose_spending(Trials(model, fitted_on, weights), temperature, target_loyalty)
+            spent = chosen or Spending(temperature, 1.0, None)
+            measured = measure(Trials(model, held_out, weights), spent)
     finally:
         model.train(training)
     record = {"target_loyalty": target_loyalty, "samples": len(samples), **measured, "dense": chosen is None}
     config.selection = "dense" if chosen is None else "before_encoder"
-    config.pointer, config.attention_weights, config.attention_temperature = "attention", weights, temperature
-    config.attention_coverage, config.attention_nowhere = chosen or (1.0, None)
+    config.pointer, config.attention_weights = "attention", weights
+    config.attention_temperature, config.attention_coverage, config.attention_nowhere = spent
     config.min_tiles, config.max_tiles, config.calibration = 0, EVERY_TILE, record
     config.keep_whole_tiles()
     if chosen is None:

@@ -10,9 +10,10 @@ import modeling_qgsa.calibration_qgsa as calibration
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.calibration_qgsa import (
     Observation,
+    Spending,
     Trials,
     bootstrap_interval,
-    choose_budget,
+    choose_spending,
     fit_temperature,
     fit_weights,
     measure,
@@ -98,15 +99,14 @@ def test_the_cheapest_budget_that_agrees_is_chosen(made, monkeypatch):
     model, observations = made
     weights = fit_weights(observations, model.config)
     temperature = fit_temperature(observations, weights, model.config)
-    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles: int(tiles) >= 3)
-    trials = Trials(model, observations, weights, temperature)
-    coverage, nowhere = choose_budget(trials, 1.0)
-    tiles = torch.cat(trials.tiles(coverage, nowhere))
-    assert int(tiles.min()) == 3
-    measured = measure(trials, coverage, nowhere)
+    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: int(tiles) >= 3)
+    trials = Trials(model, observations, weights)
+    spent = choose_spending(trials, temperature, 1.0)
+    assert int(torch.cat(trials.tiles(spent)).min()) == 3
+    measured = measure(trials, spent)
     assert measured["loyalty"] == measured["loyalty_unweighted"] == 1 and measured["held_out_samples"] == 12
-    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles: int(tiles) >= len(self.masses[number]) - 1)
-    assert choose_budget(Trials(model, observations, weights, temperature), 1.0) is None
+    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: tiles >= self.layouts[number].grids.prod())
+    assert choose_spending(Trials(model, observations, weights), temperature, 1.0) is None
 
 
 def test_a_question_about_nothing_gets_no_tiles(made, monkeypatch):
@@ -114,21 +114,22 @@ def test_a_question_about_nothing_gets_no_tiles(made, monkeypatch):
     model, observations = made
     blind = [Observation(**{**vars(each), "maps": torch.full_like(each.maps, 1 / 16)}) for each in observations[:6]]
     weights = fit_weights(observations, model.config)
-    trials = Trials(model, [*blind, *observations[6:]], weights, 0.3)
-    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles: number < 6 or int(tiles) >= 1)
-    coverage, nowhere = choose_budget(trials, 1.0)
-    tiles = torch.cat(trials.tiles(coverage, nowhere))
-    assert nowhere is not None
+    trials = Trials(model, [*blind, *observations[6:]], weights)
+    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: number < 6 or int(tiles) >= 1)
+    spent = choose_spending(trials, 0.3, 1.0)
+    tiles = torch.cat(trials.tiles(spent))
+    assert spent.nowhere is not None
     assert tiles[:6].tolist() == [0] * 6 and int(tiles[6:].min()) >= 1
 
 
 def test_loyalty_stops_where_it_cannot_be_reached(made, monkeypatch):
     model, observations = made
     asked = []
-    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles: bool(asked.append(number)))
-    trials = Trials(model, observations, fit_weights(observations, model.config), 1.0)
-    assert trials.loyalty(trials.tiles(0.5, None), at_least=0.9) is None
-    assert len(asked) == 2  # one of twelve may differ
+    monkeypatch.setattr(Trials, "agrees", lambda self, number, *_: bool(asked.append(number)))
+    trials = Trials(model, observations, fit_weights(observations, model.config))
+    assert trials.loyalty(Spending(1.0, 0.5, None), target=0.85) is None
+    assert len(asked) == 2  # 1.45 of twelve may differ
+    assert trials.loyalty(Spending(1.0, 0.5, None)).tolist() == [False] * 12
 
 
 def test_the_interval_is_that_of_the_weights():
@@ -192,7 +193,7 @@ def test_the_config_is_written_and_saved(untrained, processor, samples, tmp_path
 
 
 def test_it_says_so_where_the_promise_cannot_be_kept(untrained, processor, samples, monkeypatch):
-    monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles: False)
+    monkeypatch.setattr(Trials, "agrees", lambda *_: False)
     record = untrained.calibrate(samples, processor)
     assert record["dense"] and untrained.config.selection == "dense"
 
