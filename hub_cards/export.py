@@ -3,7 +3,7 @@
     python hub_cards/export.py --model outputs/demo --output_dir outputs/hub/qgsa-smolvlm-tiny
     python hub_cards/export.py --model outputs/vqa_rad_256m --output_dir outputs/hub/qgsa-smolvlm-256m
 
-`--model` is the outputs folder of a run, a QGSA checkpoint, or a dense checkpoint, which gets an untrained selector.
+`--model` is the outputs folder of a run, a QGSA checkpoint, or a dense one, which then points with its attention.
 `--format` exports the adapted weights without the selector, for software that only supports the published
 architectures (such as llama.cpp and OpenVINO):
 
@@ -33,7 +33,7 @@ from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGe
 from modeling_qgsa.configuration_qgsa import AUTO_MAP
 from modeling_qgsa.conversion_qgsa import OWN_WEIGHTS, marker_ids
 from training.cli.arguments import check_source, errors_in_one_line, parse
-from training.evaluation.card import CardContent, budgets_in_words, selector_share, write_card
+from training.evaluation.card import CardContent, budgets_in_words, pointer_share, write_card
 
 
 HERE = Path(__file__).resolve().parent
@@ -160,7 +160,7 @@ def has_selector(model: str) -> bool:
 
 
 def load(run: ExportArguments) -> QGSASmolVLMForConditionalGeneration:
-    """Load the QGSA model; a dense checkpoint gets an untrained selector."""
+    """Load the QGSA model; one that is made from a dense checkpoint points with its attention."""
     if has_selector(run.model):
         return QGSASmolVLMForConditionalGeneration.from_pretrained(run.model)
     if not run.random_weights:
@@ -256,8 +256,9 @@ def describe(run: ExportArguments, model, made_from: str, folder: Path) -> CardC
         base_model=base_model,
         budgets=budgets_in_words(model.config),
         command="python training/run_qgsa.py --preset " + (f"vqa_rad_{size}" if size else "demo"),
-        selector_cost=selector_share(model.config),
-        trained=has_selector(run.model),
+        pointer_cost=pointer_share(model.config),
+        trained=model.config.pointer == "selector",
+        calibration=model.config.calibration,
         parameters=None if size else model.num_parameters(),
         accuracy=read_json(results) if results.exists() else None,
         speed=read_json(RESULTS / f"speed_{size}_cpu.json") if size else None,

@@ -14,22 +14,25 @@ from safetensors import safe_open
 
 from modeling_qgsa import QGSAConfig
 from training.data.cards import FAMILIES
-from training.evaluation.card import CardContent, budgets_in_words, render_card, render_dense_card, selector_share
+from training.evaluation.card import CardContent, budgets_in_words, pointer_share, render_card, render_dense_card
 
 
 HERE = Path(__file__).resolve().parent
 
 
 def published_config(size: str) -> QGSAConfig:
-    """The fields that costs depend on, for SmolVLM-256M (`size` "256m") or 500M ("500m").
+    """The fields that costs depend on, for SmolVLM-256M (`size` "256m") or 500M ("500m"), as `from_dense` sets them.
 
     Tests compare them with the published configs.
     """
     width, heads, layers = {"256m": (576, 9, 30), "500m": (960, 15, 32)}[size]
     text = {"model_type": "llama", "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    text |= {"num_key_value_heads": heads // 3, "head_dim": 64, "intermediate_size": width * 8 // 3}
     vision = {"image_size": 512, "patch_size": 16, "hidden_size": 768, "intermediate_size": 3072}
     vision |= {"num_hidden_layers": 12, "num_attention_heads": 12}
-    return QGSAConfig(text_config=text, vision_config=vision, scale_factor=4)
+    config = QGSAConfig(text_config=text, vision_config=vision, scale_factor=4, pointer="attention")
+    config.keep_whole_tiles()
+    return config
 
 
 def count_parameters(folder: Path) -> int:
@@ -50,7 +53,7 @@ def qgsa_cards() -> dict[Path, CardContent]:
             base_model=None,
             budgets=budgets_in_words(tiny),
             command="python training/run_qgsa.py --preset demo",
-            selector_cost=selector_share(tiny),
+            pointer_cost=pointer_share(tiny),
             trained=True,
             parameters=count_parameters(HERE / "tiny-qgsa"),
             accuracy=results["cards"],
@@ -66,7 +69,7 @@ def qgsa_cards() -> dict[Path, CardContent]:
             base_model=base_model,
             budgets=budgets_in_words(config),
             command=f"python training/run_qgsa.py --preset vqa_rad_{size}",
-            selector_cost=selector_share(config),
+            pointer_cost=pointer_share(config),
             trained=False,
             picture="results/cards_selections.png",
             speed=results[f"speed_{size}_cpu"],

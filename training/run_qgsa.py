@@ -10,12 +10,17 @@ SmolVLM-256M on VQA-RAD, with the published weights and data, then the evaluatio
     python training/run_qgsa.py --preset vqa_rad_256m
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
 
+Without training, its own attention points. One calibration, on questions without their answers, sharpens it
+(checkpoint and table in outputs/vqa_rad_256m_calibrated):
+
+    python training/run_qgsa.py --preset vqa_rad_256m --task calibrate
+
 A preset (training/presets) sets options, which the command line overrides; `--max_steps 2` tries a preset out. A run
 that was interrupted continues from its last checkpoint. The stand-in's own training is training/run_stand_in.py.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch.utils.data import Subset
 from transformers import set_seed
@@ -41,17 +46,25 @@ from training.learning.training_arguments import GROUPS, LossArguments, QGSATrai
 from training.standins.loading import load_base
 
 
-TASKS = ("train", "evaluate")
+TASKS = ("train", "evaluate", "calibrate")
 SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough questions to show that the code runs
 
 
 @dataclass
 class TaskArguments:
-    """The task to run."""
+    """The task to run, and how `calibrate` does it."""
 
     _argument_group_name = "task"
 
-    task: str = field(default="train", metadata={"help": "train (and evaluate), or evaluate only."})
+    task: str = field(
+        default="train", metadata={"help": "train (and evaluate), evaluate only, or calibrate (and evaluate)."}
+    )
+    calibration_size: int = field(
+        default=200, metadata={"help": "Training questions to calibrate on; half of them fit, half of them check."}
+    )
+    target_loyalty: float = field(
+        default=0.99, metadata={"help": "Share of the answers that calibration should keep as the dense model's."}
+    )
 
     def __post_init__(self):
         if self.task == "dense":
@@ -78,7 +91,7 @@ def parse(arguments: list[str]) -> tuple:
 def run(
     preset: str,
     command: str,
-    task: str,
+    task: TaskArguments,
     model: ModelArguments,
     data: DataArguments,
     selection: SelectionArguments,
@@ -88,20 +101,25 @@ def run(
 ):
     """Train selector and adapters on a frozen dense model, evaluate all systems, and fill the output folder.
 
-    The task `evaluate` takes the trained model from the output folder instead.
+    The task `evaluate` takes the trained model from the output folder instead, and `calibrate` makes one that points
+    with its attention.
     """
     train, test = load_data(data, args.seed)
     dense, processor = load_base(model)
     if model.random_weights:
         test = Subset(test, range(min(SMOKE_QUESTIONS, len(test))))
-    if task == "evaluate":
+    if task.task == "evaluate":
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
+    elif task.task == "calibrate":
+        tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor).to(args.device)
+        samples = Subset(train, range(min(task.calibration_size, len(train))))
+        print(tuned.calibrate(samples, processor, task.target_loyalty, f"{args.output_dir}/observations"))
     else:
         tuned = train_selection(dense, processor, train, model, selection, features, args)
         tuned.config.use_cache = True  # Trainer turned it off
-        if args.should_save:
-            tuned.save_pretrained(args.output_dir)
-            processor.save_pretrained(args.output_dir)
+    if task.task != "evaluate" and args.should_save:
+        tuned.save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
     untrained = to_qgsa(dense, processor, selection).to(tuned.device)
     systems = choose_systems(evaluation.systems, untrained, tuned)
     size, length = evaluation.test_batch_size, evaluation.max_new_tokens
@@ -122,10 +140,13 @@ def main():
         evaluation.systems = [system.name for system in chosen]
         check_training(selection, features)
         wanted = identity([model, data, selection, features], args)
+        if task.task == "calibrate":
+            wanted |= asdict(task)
+            args.output_dir += "" if "--output_dir" in " ".join(sys.argv) else "_calibrated"
         former = field_names(StandInArguments)
         command = " ".join(["python training/run_qgsa.py", *sys.argv[1:]])
         with claimed(args.output_dir, wanted, args.process_index == 0, former):
-            run(preset, command, task.task, model, data, selection, evaluation, features, args)
+            run(preset, command, task, model, data, selection, evaluation, features, args)
 
 
 if __name__ == "__main__":

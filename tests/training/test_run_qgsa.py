@@ -255,3 +255,43 @@ def test_blocks_do_not_go_with_a_feature_cache(tmp_path):
         "--preset", "blocks", "--feature_cache", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run")
     )
     assert done.returncode == 1 and "selection is 'blocks' and needs pixels" in done.stderr
+
+
+def test_calibration_needs_no_training(tmp_path):
+    """The whole task on a small scale, then again: what was observed is read, and the result is the same."""
+    options = "--task calibrate --calibration_size 20 --target_loyalty 0.6 --test_size 4 --use_cpu true"
+    arguments = [
+        *options.split(),
+        "--systems",
+        "dense",
+        "qgsa-attention",
+        "qgsa",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    first = run_script(*arguments)
+    assert first.returncode == 0, first.stderr
+    output = tmp_path / "run"
+    model = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
+    assert model.config.pointer == "attention" and model.config.calibration["samples"] == 20
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["dense", "qgsa", "qgsa-attention"]
+    assert rows[2]["tiles_mean"] == 4 and rows[2]["visual_tokens_mean"] == 80
+    card = (output / "README.md").read_text()
+    assert "It was calibrated on 20 questions without their answers." in card
+    assert len(list((output / "observations").glob("*.pt"))) == 20
+    second = run_script(*arguments)
+    assert second.returncode == 0, second.stderr
+    again = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
+    assert again.config.calibration == model.config.calibration
+    other = run_script(*[each.replace("0.6", "0.7") for each in arguments])
+    assert other.returncode == 1 and "target_loyalty 0.6, but this run has 0.7" in other.stderr
+
+
+def test_calibration_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    monkeypatch.setattr(run_qgsa, "run", lambda *given: folders.append(given[-1].output_dir))
+    monkeypatch.setattr(sys, "argv", ["run_qgsa.py", "--task", "calibrate", "--use_cpu", "true"])
+    run_qgsa.main()
+    assert folders == ["outputs/demo_calibrated"]

@@ -3,6 +3,8 @@
 Tests compare the formulas with `count_flops`, to within 0.1 %.
 """
 
+from modeling_qgsa.pointer_qgsa import attention_layers
+
 
 def vision_flops(config, sequences: list[int]) -> int:
     """FLOPs of encoder and connector.
@@ -51,8 +53,35 @@ def selector_flops(config, question: int, tiles: int) -> int:
     return layers + ends + match + estimator
 
 
+def attention_pointer_flops(config, prompt: int, question: int) -> int:
+    """FLOPs of reading the text model's own attention to the glance, for one image.
+
+    Every layer but the last one that is read runs as a whole; of each one that is read, the queries of some rows and
+    all keys are computed once more.
+
+    Args:
+        prompt: number of prompt tokens with the glance, without the high-resolution tiles.
+        question: number of question tokens; the position that predicts the answer is read besides.
+    """
+    text, weights = config.text_config, config.attention_weights
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    layers = attention_layers(text.num_hidden_layers) if weights is None else len(weights)
+    whole = 2 * prompt * text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    whole += 4 * prompt**2 * queries
+    rows = question + 1
+    read = 2 * text.hidden_size * (prompt * keys + rows * queries) + 2 * rows * prompt * queries
+    return (layers - 1) * whole + layers * read
+
+
 def estimate_flops(
-    config, tiles: int, prompt: int, new_tokens: int, question: int | None = None, blocks: tuple[int, ...] = ()
+    config,
+    tiles: int,
+    prompt: int,
+    new_tokens: int,
+    question: int | None = None,
+    blocks: tuple[int, ...] = (),
+    glance: int | None = None,
 ) -> dict[str, int]:
     """FLOPs of one answer about one image, in the parts of `count_flops`.
 
@@ -60,14 +89,17 @@ def estimate_flops(
         tiles: number of tiles encoded as a whole, including the global view.
         prompt: number of prompt tokens that the text model reads, including the visual tokens kept.
         new_tokens: number of answer tokens.
-        question: number of question tokens read by the selector; None for a model that does not select.
+        question: number of question tokens read by the pointer; None for a model that does not select.
         blocks: number of encoded blocks of each tile that is encoded in part.
+        glance: number of prompt tokens that the attention pointer reads; None if the selector points.
     """
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     sequences = [patches] * tiles + [sum(blocks) * config.scale_factor**2] * bool(blocks)
     vision = vision_flops(config, sequences)
     prefill = text_flops(config, prompt)
-    if question is not None:
+    if question is not None and glance is not None:
+        prefill += attention_pointer_flops(config, glance, question)
+    elif question is not None:
         prefill += selector_flops(config, question, tiles + len(blocks))
     decode = sum(text_flops(config, 1, prompt + step) for step in range(new_tokens - 1))
     return {"vision": vision, "prefill": prefill, "decode": decode, "total": vision + prefill + decode}

@@ -22,7 +22,8 @@ class Timed:
         edge: size of the longest edge of an image: "full", "half", or "native", which never scales an image up
             beyond the next whole tile.
         split: whether high-resolution tiles are cut in addition to the global view.
-        method: selection method of `training/methods`; None leaves the scores to QGSA's selector.
+        method: selection method of `training/methods`; None leaves the scores to the pointer.
+        pointer: pointer of QGSA, "selector" or "attention".
     """
 
     model: str
@@ -30,6 +31,7 @@ class Timed:
     edge: str = "full"
     split: bool = True
     method: str | None = None
+    pointer: str = "selector"
 
     @property
     def lazy(self) -> bool:
@@ -48,6 +50,7 @@ SYSTEMS = {
     "qgsa-after-encoder": Timed("fast", "after_encoder"),
     "qgsa-float32": Timed("plain", "before_encoder"),
     "qgsa": Timed("fast", "before_encoder"),
+    "qgsa-attention": Timed("fast", "before_encoder", pointer="attention"),
     "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
     "qgsa-blocks": Timed("fast", "blocks"),
 }
@@ -108,6 +111,7 @@ def build_models(
             built = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
             if name in ("plain", "fast"):
                 built = QGSASmolVLMForConditionalGeneration.from_dense(built, tokenizer)
+                torch.nn.init.normal_(built.model.selector.cell_position, std=0.02)  # stands in for a trained one
         reduced = name == "bfloat16" or device.type == "cuda"
         built = built.to(device, torch.bfloat16 if reduced else torch.float32).eval()
         built.generation_config.eos_token_id = None  # all answers must have the same length

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.layout_qgsa import VisualLayout
-from modeling_qgsa.selection_qgsa import QGSASelection
+from modeling_qgsa.selection_qgsa import QGSASelection, positions_to_keep
 from modeling_qgsa.vision_qgsa import encode_blocks
 from training.costs.counter import count_flops
 from training.costs.formula import estimate_flops
@@ -94,6 +94,7 @@ class Runner:
         if self.system.selection != "dense":
             return {
                 "selection": self.system.selection,
+                "pointer": self.system.pointer,
                 "min_tiles": self.workload.tiles,
                 "max_tiles": self.workload.tiles,
                 "min_visual_tokens": self.workload.tokens,
@@ -164,14 +165,23 @@ class Runner:
     def selected_flops(self, inputs: dict, selection: QGSASelection, per_tile: int) -> list[dict[str, int]]:
         """FLOPs of each question by formula, for the tiles and tokens in `selection`."""
         lengths, questions = (selection.keep_indices >= 0).sum(1).tolist(), inputs["question_mask"].sum(1).tolist()
-        flops = []
-        for tiles, length, question in zip(selection.tiles.tolist(), lengths, questions):
+        glances, flops = self.glances(inputs), []
+        for tiles, length, question, glance in zip(selection.tiles.tolist(), lengths, questions, glances):
             blocks = ()
             if self.system.selection == "blocks" and tiles:  # their distribution over the tiles does not matter
                 blocks = (min(self.workload.tokens, tiles * per_tile) - tiles + 1, *[1] * (tiles - 1))
             whole = 1 + tiles - len(blocks)
-            flops.append(estimate_flops(self.model.config, whole, length, self.workload.new_tokens, question, blocks))
+            sizes = (whole, length, self.workload.new_tokens, question, blocks, glance)
+            flops.append(estimate_flops(self.model.config, *sizes))
         return flops
+
+    def glances(self, inputs: dict) -> list[int | None]:
+        """Number of prompt tokens of each question that the attention pointer reads; None for the selector."""
+        if self.system.pointer != "attention":
+            return [None] * len(inputs["input_ids"])
+        layout = VisualLayout.of(self.model.config, inputs["input_ids"])
+        shown = layout.is_global[:, None].expand(-1, layout.tokens_per_tile)
+        return positions_to_keep(inputs["attention_mask"], layout, shown).sum(1).tolist()
 
 
 def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]:

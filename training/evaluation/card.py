@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.costs.environment import describe_environment, environment
-from training.costs.formula import selector_flops, vision_flops
+from training.costs.formula import attention_pointer_flops, selector_flops, vision_flops
 from training.costs.speed_report import format_speed
 from training.data.sets import get_dataset
 from training.evaluation.report import format_families, format_table
@@ -35,13 +35,14 @@ class CardContent:
         base_model: Hub id of that checkpoint; None if it has none.
         budgets: budgets of the checkpoint in words, see `budgets_in_words`.
         command: command that trains the model.
-        selector_cost: FLOPs of the selector as a share of those of one tile, see `selector_share`.
-        trained: whether the selector was trained.
+        pointer_cost: FLOPs of the pointer as a share of those of one tile, see `pointer_share`.
+        trained: whether the trained selector points, rather than the text model's attention.
         parameters: number of parameters, given for the tiny stand-in only.
         accuracy: results of an evaluation with its controls (`results.json`); None if nothing was measured.
         speed: results of `training/benchmark.py` for this architecture; None if there are none.
         flops: rows with the FLOPs of an answer by part; None for those in `accuracy`.
         picture: path of the figure of selections, relative to the card; None if there is none.
+        calibration: what calibration measured, `config.calibration`; None without it.
     """
 
     name: str
@@ -50,30 +51,37 @@ class CardContent:
     base_model: str | None
     budgets: str
     command: str
-    selector_cost: float
+    pointer_cost: float
     trained: bool
     parameters: int | None = None
     accuracy: dict | None = None
     speed: dict | None = None
     flops: list[dict] | None = None
     picture: str | None = None
+    calibration: dict | None = None
 
 
 def budgets_in_words(config) -> str:
     """The budgets of a [`QGSAConfig`] in words."""
+    if config.pointer == "attention" and config.attention_coverage == 1:
+        return f"{config.max_tiles} tiles and {config.max_visual_tokens} visual tokens per image"
     return (
         f"{config.min_tiles} to {config.max_tiles} tiles and {config.min_visual_tokens} to "
         f"{config.max_visual_tokens} visual tokens per image, depending on the estimated complexity of the question"
     )
 
 
-def selector_share(config) -> float:
-    """FLOPs of selector and complexity estimator as a share of those of one tile.
+def pointer_share(config) -> float:
+    """FLOPs of the pointer, the selector and its estimator or the attention pass, as a share of those of one tile.
 
-    They are taken for a question of 20 tokens, the global view and two high-resolution tiles.
+    They are taken for a question of 20 tokens in a prompt of 43 without images, and two high-resolution tiles.
     """
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    return selector_flops(config, 20, 3) / vision_flops(config, [patches])
+    if config.pointer == "attention":
+        spent = attention_pointer_flops(config, 43 + config.tokens_per_tile, 20)
+    else:
+        spent = selector_flops(config, 20, 3)
+    return spent / vision_flops(config, [patches])
 
 
 def run_content(folder: Path, config, results: dict, base_model: str, command: str) -> CardContent:
@@ -94,8 +102,9 @@ def run_content(folder: Path, config, results: dict, base_model: str, command: s
         base_model=None if Path(base_model).exists() else base_model,
         budgets=budgets_in_words(config),
         command=command,
-        selector_cost=selector_share(config),
-        trained=True,
+        pointer_cost=pointer_share(config),
+        trained=config.pointer == "selector",
+        calibration=config.calibration,
         accuracy=results,
         picture=picture if (folder / picture).exists() else None,
     )
@@ -142,7 +151,8 @@ def render_card(content: CardContent) -> ModelCard:
         title=content.name,
         tiny=content.parameters is not None,
         trained=content.trained,
-        selector_cost=f"{content.selector_cost:.1%}",
+        calibration=content.calibration,
+        pointer_cost=f"{content.pointer_cost:.1%}",
         graded_by=get_dataset(accuracy["dataset"]).graded_by if accuracy else None,
         parameters=None if content.parameters is None else f"{content.parameters:,}",
         accuracy=accuracy,

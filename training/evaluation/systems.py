@@ -53,6 +53,9 @@ def standard_systems(dense, finetuned) -> list[System]:
     every tile encoded select after the encoder.
     """
     after_encoder = {"selection": "after_encoder"}
+    attention = {"selection": "before_encoder", "pointer": "attention"}
+    if dense is not None:  # None if only the names are to be checked
+        attention |= whole_tiles(dense.config, ATTENTION_TILES)
     systems = [
         System("dense", dense, DENSE),
         System("dense-finetuned", finetuned, DENSE),
@@ -63,6 +66,7 @@ def standard_systems(dense, finetuned) -> list[System]:
         System("qgsa", finetuned),
         System("qgsa-after-encoder", finetuned, after_encoder),
     ]
+    systems.append(System("qgsa-attention", dense, attention))
     named = {system.name for system in systems}
     for name, method in METHODS.items():
         if name not in named:

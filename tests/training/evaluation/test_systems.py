@@ -18,14 +18,15 @@ DEFAULT = [
 ]
 
 
-def test_every_method_follows_the_default_systems():
-    systems = standard_systems("dense", "finetuned")
+def test_every_method_follows_the_default_systems(model):
+    systems = standard_systems(model, "finetuned")
     names = [system.name for system in systems]
     assert names[: len(DEFAULT)] == DEFAULT
-    assert names[len(DEFAULT) :] == [name for name in METHODS if name not in DEFAULT]
+    assert names[len(DEFAULT) :] == ["qgsa-attention", *(name for name in METHODS if name not in DEFAULT)]
     for system in systems:
         assert system.method is METHODS.get(system.name)
-        assert system.model == ("dense" if system.name in ("dense", *DEFAULT[2:4]) else "finetuned")
+        own = system.name in ("dense", *DEFAULT[2:4], "qgsa-attention")
+        assert system.model == (model if own else "finetuned")
 
 
 def test_systems_are_chosen_by_name_in_the_order_of_the_table():
@@ -53,6 +54,9 @@ def test_a_former_name_works_with_a_warning(capsys):
 def test_methods_run_at_the_checkpoints_own_budgets(model):
     for system in standard_systems(model, model):
         budget = system.budget
+        if system.name == "qgsa-attention":  # whole tiles, whatever the checkpoint was trained to read
+            assert (budget.min_tiles, budget.min_visual_tokens) == (4, 80)
+            continue
         assert (budget.min_visual_tokens, budget.max_visual_tokens) == (8, 48), system.name
         if system.method:
             assert budget.selection == system.method.selection
