@@ -16,6 +16,21 @@ find       which colour is the card with the star?    red                 many  
 locate     where is the card with the star?           row 2 column 3      many    RefCOCO
 =========  =========================================  ==================  ======  =======================
 
+Relations between cards are additional families. They are asked for by name (`Cards(..., families=RELATIONS)`) and are
+not part of the published benchmark:
+
+=========  ======================================================  ======  ======
+family     question                                                answer  tiles
+=========  ======================================================  ======  ======
+left       what shape is on the card left of the red card?         star    one
+above      what shape is on the card above the red card?           star    one
+share      which shape do two cards share?                         star    many
+odd        which colour is the odd one out?                        red     many
+=========  ======================================================  ======  ======
+
+The card left of or above another lies in the neighbouring tile. Two cards share a figure if no other figure occurs
+twice; the odd one out is the only card without the figure that all others have.
+
 Everything is a pure function of (seed, split, canvas, index). The splits differ in their random stream and in their
 layouts: on a canvas of at least eight tiles, every set of occupied tiles belongs to exactly one split. Boxes serve
 evaluation only, never training.
@@ -25,7 +40,7 @@ The published benchmark has canvases of 4 x 4 tiles; canvases of other shapes ar
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import datasets
@@ -60,6 +75,10 @@ FAMILIES = {  # family -> (number of high-resolution tiles needed, share of the 
     "find": ("many", 0.10),
     "locate": ("many", 0.10),
 }
+RELATIONS = {"left": "one", "above": "one", "share": "many", "odd": "many"}  # family -> tiles needed
+TILES_NEEDED = {family: needed for family, (needed, _) in FAMILIES.items()} | RELATIONS
+NEIGHBOURS = {"left": ("left of", 0, -1), "above": ("above", -1, 0)}  # words, and rows and columns to the neighbour
+LEAST_CANVAS = {"left": (1, 2, 2), "above": (2, 1, 2), "share": (1, 1, 2), "odd": (1, 1, 3)}  # rows, columns, tiles
 SPLITS = ("train", "validation", "test")
 LAYOUT_SHARES = {"validation": range(0, 10), "test": range(10, 30), "train": range(30, 100)}  # percentages
 
@@ -223,6 +242,8 @@ def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> d
     Returns a dict with `question`, `answer`, `choices` (empty except for multiple choice) and `boxes` (float px).
     Raises ValueError for an unknown family.
     """
+    if family in RELATIONS:
+        return _make_relation(family, cards, card)
     boxes, choices = [list(map(float, card.box))], []
     if family == "count":
         question, answer = "how many cards are there?", NUMBERS[len(cards)]
@@ -255,8 +276,37 @@ def make_question(rng: np.random.Generator, family: str, cards, card: Card) -> d
     elif family == "locate":
         question, answer = f"where is the card with the {card.figure}?", place(card)
     else:
-        raise ValueError(f"family ({family!r}): choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"family ({family!r}): choose from {', '.join(TILES_NEEDED)}")
     return {"question": question, "answer": answer, "choices": choices, "boxes": boxes}
+
+
+def _make_relation(family: str, cards, card: Card) -> dict | None:
+    """Make a question of one of the `RELATIONS`, or return None if the scene does not allow one."""
+    figures = [each.figure for each in cards]
+    if family in NEIGHBOURS:
+        words, down, right = NEIGHBOURS[family]
+        asked = [each for each in cards if (each.row, each.column) == (card.row + down, card.column + right)]
+        question = f"what shape is on the card {words} the {card.colour} card?"
+    elif family == "share":
+        asked = [each for each in cards if figures.count(each.figure) > 1]
+        question = "which shape do two cards share?"
+        if len(asked) != 2:
+            return None
+    else:
+        asked = _unique_figures(cards) if len(cards) > 2 and len(set(figures)) == 2 else []
+        question = "which colour is the odd one out?"
+    if not asked:
+        return None
+    answer = asked[0].colour if family == "odd" else asked[0].figure
+    boxes = [list(map(float, each.box)) for each in asked]
+    return {"question": question, "answer": answer, "choices": [], "boxes": boxes}
+
+
+def leave_one_out(rng: np.random.Generator, cards: tuple[Card, ...], odd: Card) -> tuple[Card, ...]:
+    """The same cards with one figure on all of them but `odd`, which keeps its own."""
+    others = sorted(set(FIGURES) - {odd.figure})
+    figure = others[rng.integers(len(others))]
+    return tuple(card if card is odd else replace(card, figure=figure) for card in cards)
 
 
 class Cards(torch.utils.data.Dataset):
@@ -270,14 +320,24 @@ class Cards(torch.utils.data.Dataset):
             benchmark has 4 x 4 only. A sample depends on its own canvas, not on the others. Canvases of fewer than
             eight tiles have the same layouts in all splits. The processor of the stand-in keeps the size of a canvas
             whose longer side has 4 tiles, and enlarges the others to that length.
+        families: families to ask in equal shares, from `FAMILIES` and `RELATIONS`; by default the published ones in
+            their shares.
 
     Each item is a dict with `question_id` (int), `image` (PIL, RGB), `question`, `answer`, `choices`, `family`,
     `tiles_needed` and `boxes` (`[x0, y0, x1, y1]` in px, for evaluation only).
 
-    Raises ValueError for an unknown split, a wrong canvas or none, IndexError for an index out of range.
+    Raises ValueError for an unknown split or family, a wrong canvas, one too small for a family, no canvas or no
+    family; IndexError for an index out of range.
     """
 
-    def __init__(self, split: str, size: int, seed: int = 0, canvases: Sequence[tuple[int, int]] = (CANVAS,)):
+    def __init__(
+        self,
+        split: str,
+        size: int,
+        seed: int = 0,
+        canvases: Sequence[tuple[int, int]] = (CANVAS,),
+        families: Sequence[str] | None = None,
+    ):
         if split not in SPLITS:
             raise ValueError(f"split ({split!r}): choose from {', '.join(SPLITS)}")
         if not canvases:
@@ -285,8 +345,21 @@ class Cards(torch.utils.data.Dataset):
         for rows, columns in canvases:
             if not (1 <= rows <= 4 and 1 <= columns <= 4):
                 raise ValueError(f"canvas ({rows} x {columns} tiles): each side must have 1 to 4 tiles")
+        if families is not None and not families:
+            raise ValueError("families (0): at least one is needed. Leave them out for the published ones")
+        for family in families or ():
+            if family not in TILES_NEEDED:
+                raise ValueError(f"family ({family!r}): choose from {', '.join(TILES_NEEDED)}")
+            least_rows, least_columns, least_tiles = LEAST_CANVAS.get(family, (1, 1, 1))
+            for rows, columns in canvases:
+                if rows < least_rows or columns < least_columns or rows * columns < least_tiles:
+                    raise ValueError(
+                        f"family ({family!r}): a canvas of {rows} x {columns} tiles is too small for it. It needs "
+                        f"{least_rows} rows, {least_columns} columns and {least_tiles} tiles"
+                    )
         self.split, self.size, self.seed = split, size, seed
         self.canvases = tuple(canvases)
+        self.families = None if families is None else tuple(families)
 
     def __len__(self) -> int:
         return self.size
@@ -296,6 +369,17 @@ class Cards(torch.utils.data.Dataset):
             raise IndexError(f"index ({index}) is out of range for {self.size} samples")
         rows, columns = self.canvases[index % len(self.canvases)]
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), rows, columns, index))
+        if self.families is None:
+            family, cards, turn = self._ask_published(rng, rows, columns)
+        else:
+            family = self.families[rng.integers(len(self.families))]
+            cards, turn = self._ask(rng, family, rows, columns)
+        image = Image.fromarray(render(rng, cards, rows, columns))
+        needed = TILES_NEEDED[family]
+        return {"question_id": index, "image": image, **turn, "family": family, "tiles_needed": needed}
+
+    def _ask_published(self, rng, rows, columns):
+        """The family is drawn anew for every scene: those that not every scene allows are rarer than their share."""
         families, shares = list(FAMILIES), [share for _, share in FAMILIES.values()]
         turn = None
         while turn is None:
@@ -303,9 +387,16 @@ class Cards(torch.utils.data.Dataset):
             number = rng.permutation(len(cards))[0]
             family = families[rng.choice(len(families), p=shares)]
             turn = make_question(rng, family, cards, cards[number])
-        image = Image.fromarray(render(rng, cards, rows, columns))
-        needed = FAMILIES[family][0]
-        return {"question_id": index, "image": image, **turn, "family": family, "tiles_needed": needed}
+        return family, cards, turn
+
+    def _ask(self, rng, family, rows, columns):
+        turn = None
+        while turn is None:
+            cards = make_scene(rng, self.split, rows, columns)
+            card = cards[rng.integers(len(cards))]
+            cards = leave_one_out(rng, cards, card) if family == "odd" else cards
+            turn = make_question(rng, family, cards, card)
+        return cards, turn
 
 
 def load_cards(split: str = "test", size: int = 2000, seed: int = 0) -> datasets.Dataset:

@@ -17,11 +17,14 @@ from training.data.cards import (
     FIGURE_SIZE,
     FIGURES,
     NUMBERS,
+    RELATIONS,
     SPLITS,
+    TILES_NEEDED,
     Card,
     Cards,
     figure_mask,
     layout_split,
+    leave_one_out,
     load_cards,
     make_question,
     make_scene,
@@ -232,6 +235,94 @@ def test_an_unknown_family_is_refused():
         make_question(np.random.default_rng(0), "weight", SCENE, RED_STAR)
 
 
+# Relations
+
+
+GREEN_STAR = Card(2, 2, (140, 140, 180, 180), "green", "star")
+CYAN_HEART = Card(1, 3, (200, 70, 240, 110), "cyan", "heart")
+
+
+def ask_relation(family, card, *cards):
+    return make_question(np.random.default_rng(0), family, cards, card)
+
+
+@pytest.mark.parametrize(
+    ("family", "card", "question", "asked"),
+    [
+        ("left", BLUE_MOON, "what shape is on the card left of the blue card?", GREEN_STAR),
+        ("above", BLUE_MOON, "what shape is on the card above the blue card?", CYAN_HEART),
+    ],
+)
+def test_a_neighbour_is_in_the_next_tile(family, card, question, asked):
+    turn = ask_relation(family, card, RED_STAR, BLUE_MOON, GREEN_STAR, CYAN_HEART)
+    assert (turn["question"], turn["answer"], turn["choices"]) == (question, asked.figure, [])
+    assert turn["boxes"] == as_floats(asked)
+    assert ask_relation(family, card, RED_STAR, BLUE_MOON, PINK_MOON) is None
+    assert ask_relation(family, asked, BLUE_MOON, asked) is None
+
+
+def test_two_cards_share_a_figure():
+    turn = ask_relation("share", RED_STAR, *SCENE)
+    assert (turn["question"], turn["answer"]) == ("which shape do two cards share?", "moon")
+    assert turn["boxes"] == as_floats(BLUE_MOON, PINK_MOON)
+    assert ask_relation("share", RED_STAR, RED_STAR, BLUE_MOON) is None
+    assert ask_relation("share", RED_STAR, *SCENE, GREEN_STAR) is None  # two pairs
+    third = Card(0, 0, (3, 3, 40, 40), "yellow", "moon")
+    assert ask_relation("share", RED_STAR, *SCENE, third) is None  # three moons
+
+
+def test_the_odd_one_out_has_a_figure_of_its_own():
+    turn = ask_relation("odd", BLUE_MOON, *SCENE)
+    assert (turn["question"], turn["answer"]) == ("which colour is the odd one out?", "red")
+    assert turn["boxes"] == as_floats(RED_STAR)
+    assert ask_relation("odd", RED_STAR, RED_STAR, BLUE_MOON) is None  # either could be it
+    assert ask_relation("odd", RED_STAR, RED_STAR, BLUE_MOON, CYAN_HEART) is None
+    assert ask_relation("odd", RED_STAR, *SCENE, GREEN_STAR) is None  # two pairs
+    scene = leave_one_out(np.random.default_rng(0), (*SCENE, GREEN_STAR), PINK_MOON)
+    assert [card.colour for card in scene] == ["red", "blue", "pink", "green"]
+    assert scene[2] == PINK_MOON
+    (figure,) = {card.figure for card in scene if card.colour != "pink"}
+    assert figure != "moon"
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_families_are_asked_in_equal_shares(canvas, split):
+    samples = Cards(split, 300, canvases=[canvas], families=list(TILES_NEEDED))
+    samples = [samples[index] for index in range(300)]
+    families = [sample["family"] for sample in samples]
+    assert min(families.count(family) for family in TILES_NEEDED) > 10
+    assert all(sample["tiles_needed"] == TILES_NEEDED[sample["family"]] for sample in samples)
+    assert all(set(sample) == set(FEATURES) for sample in samples)
+
+
+def test_relations_are_answered_by_what_is_drawn():
+    """The answer is on the card in the box, and the box of a neighbour lies left of or above the card named."""
+    samples = Cards("validation", 200, families=list(RELATIONS))
+    for sample in (samples[index] for index in range(200)):
+        drawn = np.asarray(sample["image"], float)
+        (x0, y0, x1, y1), *others = [[int(side) for side in box] for box in sample["boxes"]]
+        assert len(others) == (sample["family"] == "share")
+        corner = drawn[y0 : y0 + 2, x0 : x0 + 2].mean((0, 1))
+        colour = min(COLOURS, key=lambda name: np.abs(corner - COLOURS[name]).sum())
+        if sample["family"] == "odd":
+            assert sample["answer"] == colour
+            continue
+        assert sample["answer"] in FIGURES
+        if sample["family"] != "share":
+            below, right = (64, 0) if sample["family"] == "above" else (0, 64)
+            tile = drawn[y0 // 64 * 64 + below :, x0 // 64 * 64 + right :][:64, :64].reshape(-1, 3)
+            named = COLOURS[sample["question"].split()[-2]]
+            assert np.mean(np.abs(tile - named).max(1) < 26) > 0.15
+
+
+def test_a_set_of_families_leaves_the_published_questions_alone():
+    published, chosen = Cards("validation", 40), Cards("validation", 40, families=list(FAMILIES))
+    assert published.families is None
+    assert {chosen[index]["family"] for index in range(40)} <= set(FAMILIES)
+    assert not set(FAMILIES) & set(RELATIONS)
+
+
 # Scenes
 
 
@@ -358,6 +449,13 @@ def test_unknown_splits_sizes_and_indices_are_refused():
             Cards("train", 10, canvases=[(4, 4), (rows, columns)])
     with pytest.raises(ValueError, match=r"canvases \(0\): at least one is needed"):
         Cards("train", 10, canvases=[])
+    with pytest.raises(ValueError, match=r"families \(0\): at least one is needed"):
+        Cards("train", 10, families=[])
+    with pytest.raises(ValueError, match=r"family \('weight'\): choose from count.*, odd"):
+        Cards("train", 10, families=["left", "weight"])
+    for rows, columns, family in ((4, 1, "left"), (1, 4, "above"), (1, 1, "share"), (1, 2, "odd")):
+        with pytest.raises(ValueError, match=rf"family \('{family}'\): a canvas of {rows} x {columns} tiles is too"):
+            Cards("train", 10, canvases=[(rows, columns)], families=[family])
     for index in (-1, 10):
         with pytest.raises(IndexError, match=rf"index \({index}\) is out of range for 10 samples"):
             Cards("train", 10)[index]
