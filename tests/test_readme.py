@@ -24,8 +24,9 @@ from training.run_qgsa import TaskArguments
 from training.run_stand_in import parse as parse_stand_in
 from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
-from training.studies.canvases import CanvasesArguments
+from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.pareto import ParetoArguments, format_pareto
+from training.studies.pointing import PointingArguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,7 @@ TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
     "ablation_cards": lambda rows: [format_ablation(rows)],
     "adaptive_cards": adaptive_tables,
+    "canvases_cards": lambda rows: [format_canvases(rows), format_canvas_families(rows)],
     "vqa_rad": lambda rows: [format_table(rows)],
     "vqa_rad_published": lambda rows: [format_table(rows)],
     "pareto_cards": lambda rows: [format_pareto(rows)],
@@ -179,6 +181,7 @@ PARSERS = {
     "training/benchmark.py": BenchmarkArguments,
     "training/studies/adaptive.py": AdaptiveArguments,
     "training/studies/canvases.py": CanvasesArguments,
+    "training/studies/pointing.py": PointingArguments,
     "training/studies/pareto.py": ParetoArguments,
 }
 CPU = ["--use_cpu", "true"]
