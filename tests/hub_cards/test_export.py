@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Idefics3Processor
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from training.evaluation.card import selector_share
+from training.evaluation.card import pointer_share
 
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def test_published_architectures_are_exported(size, tmp_path):
     assert card.data.base_model is None and not card.data.eval_results
     assert f"random weights of {base.name}" in card.text
     config = QGSAConfig.from_pretrained(output)
-    assert selector_share(config) == selector_share(write_cards.published_config(size))
+    assert pointer_share(config) == pointer_share(write_cards.published_config(size))
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     assert model.config.text_config.rope_parameters["rope_theta"] == 100000
 

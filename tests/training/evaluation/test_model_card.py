@@ -12,7 +12,7 @@ from training.evaluation.card import (
     budgets_in_words,
     format_flops,
     format_kept,
-    selector_share,
+    pointer_share,
     write_card,
     write_dense_card,
 )
@@ -81,7 +81,7 @@ def test_the_script_writes_the_card_of_a_run(run, model, rows):
         base_model="some/base",
         budgets=budgets_in_words(model.config),
         command="python training/run_qgsa.py --preset demo",
-        selector_cost=selector_share(model.config),
+        pointer_cost=pointer_share(model.config),
         trained=True,
         accuracy=json.loads((run / "results.json").read_text()),
     )
