@@ -95,9 +95,9 @@ def test_legacy_config_fields_are_written(folders):
         assert text["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_dense_checkpoint_gets_an_untrained_selector_and_a_card_that_says_so(folders):
+def test_a_dense_checkpoint_points_with_its_attention_and_has_a_card_that_says_so(folders):
     card = (folders / "fresh" / "README.md").read_text()
-    assert "selector is untrained" in card and "model-index" not in card
+    assert "points with its own attention, without training" in card and "model-index" not in card
     config = json.loads((folders / "fresh" / "config.json").read_text())
     assert config["model_type"] == "qgsa_smolvlm"
 
@@ -111,7 +111,7 @@ def test_the_card_of_an_export_names_its_repository(folders):
 def test_a_trained_checkpoint_without_results_says_that_nothing_was_measured(tmp_path):
     export.export(arguments("--model", TINY, "--output_dir", tmp_path / "bare"))
     card = (tmp_path / "bare" / "README.md").read_text()
-    assert "untrained" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
+    assert "own attention" not in card and "## Accuracy\n\nNot measured.\n" in card and "table above" not in card
 
 
 def test_an_old_checkpoint_gets_the_ids_that_it_was_saved_without(tmp_path):

@@ -28,7 +28,11 @@ def test_the_committed_cards_hold_what_was_measured_and_no_more():
     for card, content in cards.values():
         results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
         if content.accuracy is None:
-            assert "selector is untrained" in card.text and not results and "## Accuracy\n\nNot measured" in card.text
+            assert (
+                "points with its own attention" in card.text
+                and not results
+                and "## Accuracy\n\nNot measured" in card.text
+            )
             continue
         (row,) = [row for row in content.accuracy["rows"] if row["system"] == "qgsa"]
         assert results and all(value == row[kind] for kind, value in results.items())
