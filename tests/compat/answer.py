@@ -125,6 +125,7 @@ def main(folder: str, former: str, image: str, output: str):
         ),
         "visual_tokens": selected.visual_tokens.tolist(),
         "tiles": selected.tiles.tolist(),
+        "pointed": model.select(**batch, pointer="attention", min_tiles=2, max_tiles=2).kept_tiles.tolist(),
         "found": finds_the_question(model, processor, image),
         "kept": selected.keep_indices.tolist(),
         "logits": model(**single).logits[0, -1].tolist(),

@@ -37,6 +37,9 @@ class SelectionArguments:
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens per image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest tiles encoded per image."})
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
+    complexity_quantile: float = field(
+        default=0.95, metadata={"help": "Estimated probability with which the budget should suffice; less is cheaper."}
+    )
 
 
 @dataclass
