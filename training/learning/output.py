@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from training.learning.store import replace_file
 
 
-# May differ when a run continues: the evaluation, the quantile by which inference sets the budget, and options that only
-# affect time or disk space.
+# May differ when a run continues: the evaluation, the quantile by which inference sets the budget, and options that
+# only affect time or disk space.
 MAY_DIFFER = {"eval_split", "test_size", "complexity_quantile", "feature_cache", "feature_cache_gb"}
 TRAINER_FIELDS = ("seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
