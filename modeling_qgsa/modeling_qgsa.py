@@ -256,6 +256,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         gumbel_temperature: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
+        pointer: str | None = None,
         **kwargs: Unpack[ForwardKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
@@ -299,6 +300,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             visual_cache=visual_cache,
             gumbel_temperature=gumbel_temperature,
             selection=selection,
+            pointer=pointer,
             **kwargs,
         )
         shift_labels = kwargs.pop("shift_labels", None)
@@ -349,11 +351,10 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
     def generate(self, inputs=None, input_ids=None, **kwargs):  # type: ignore[override]
         """Stock `generate` over the visual tokens that the question selects; returns prompt ids and new ids, as stock.
 
-        The selection is made once, before the prefill; with `return_dict_in_generate=True` the output carries it as
-        `selection`. Arguments as in `forward` and in `GenerationMixin.generate`.
-
-        Raises ValueError as `forward` does, for image placeholders without an image, and, except for "dense", for
-        decoding methods that read the whole prompt again (assisted, prompt lookup, prefill in chunks).
+        The selection is made once; with `return_dict_in_generate=True` it is the output's `selection`. Arguments as in
+        `forward` and in `GenerationMixin.generate`. Raises ValueError as `forward` does, for placeholders without an
+        image, and, except for "dense", for decoding methods that read the whole prompt again (assisted, prompt lookup,
+        prefill in chunks).
         """
         ids = inputs if input_ids is None else input_ids
         kwargs |= {"input_ids": ids, "labels": None}  # as stock: no labels

@@ -33,7 +33,6 @@ class BaseModelKwargs(LimitKwargs, total=False):
 class ForwardKwargs(TransformersKwargs, LimitKwargs, total=False):
     """Keyword arguments of `forward` that the model with a language head does not name itself."""
 
-    pointer: str | None
     shift_labels: torch.Tensor | None
 
 

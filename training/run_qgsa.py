@@ -5,14 +5,10 @@ The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
 
     python training/run_qgsa.py
 
-SmolVLM-256M on VQA-RAD, with the published weights and data, then the evaluation alone:
+SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration instead of training:
 
     python training/run_qgsa.py --preset vqa_rad_256m
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
-
-Without training, its own attention points. One calibration, on questions without their answers, sharpens it
-(checkpoint and table in outputs/vqa_rad_256m_calibrated):
-
     python training/run_qgsa.py --preset vqa_rad_256m --task calibrate
 
 A preset (training/presets) sets options, which the command line overrides; `--max_steps 2` tries a preset out. A run
@@ -56,15 +52,9 @@ class TaskArguments:
 
     _argument_group_name = "task"
 
-    task: str = field(
-        default="train", metadata={"help": "train (and evaluate), evaluate only, or calibrate (and evaluate)."}
-    )
-    calibration_size: int = field(
-        default=200, metadata={"help": "Training questions to calibrate on; half of them fit, half of them check."}
-    )
-    target_loyalty: float = field(
-        default=0.99, metadata={"help": "Share of the answers that calibration should keep as the dense model's."}
-    )
+    task: str = field(default="train", metadata={"help": "train, calibrate, or evaluate only."})
+    calibration_size: int = field(default=200, metadata={"help": "Questions to calibrate on."})
+    target_loyalty: float = field(default=0.99, metadata={"help": "Share of answers to keep."})
 
     def __post_init__(self):
         if self.task == "dense":

@@ -18,7 +18,7 @@ class DataArguments:
     )
     form: str = field(default="multiple_choice", metadata={"help": "aokvqa: multiple_choice or direct_answer."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    train_size: int = field(default=100_000, metadata={"help": "cards: number of training samples to draw from."})
+    train_size: int = field(default=100_000, metadata={"help": "cards: training samples."})
     train_canvases: list[str] | None = field(
         default=None,
         metadata={"help": "cards: canvases to train on, as rows x columns in tiles, such as 2x4 4x4 (default: 4x4)."},
