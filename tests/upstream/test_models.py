@@ -15,12 +15,15 @@ import copy
 import unittest
 from unittest.mock import patch
 
+import pytest
 import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from upstream_tests import load
 
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
+from modeling_qgsa.compat_qgsa import initialization as init
+from modeling_qgsa.selector_qgsa import QuestionGuidedSelector
 
 
 common = load("test_modeling_common")
@@ -56,6 +59,18 @@ TEXT = {
     "rope_theta": 10000.0,
     "attention_dropout": 0.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch):
+    """Selectors begin as if they had been trained: an untrained one is refused outside of training."""
+    untrained = QuestionGuidedSelector.init_weights
+
+    def init_weights(selector):
+        untrained(selector)
+        init.normal_(selector.cell_position, std=0.02)
+
+    monkeypatch.setattr(QuestionGuidedSelector, "init_weights", init_weights)
 
 
 class Tester:
