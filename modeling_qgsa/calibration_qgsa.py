@@ -51,7 +51,6 @@ class Observation:
         features: `(T, P, D)`, the tiles.
         maps: `(I, layers, 2, C)`, see `AttentionPointer.read`.
         utility: `(T,)`, see `tile_utility`.
-        alone: log-likelihood of the answer given the glances alone.
         dense: log-likelihood of the answer given everything.
     """
 
@@ -60,7 +59,6 @@ class Observation:
     features: torch.Tensor
     maps: torch.Tensor
     utility: torch.Tensor
-    alone: float
     dense: float
 
     @property
@@ -100,11 +98,9 @@ def observe(model, inputs: dict[str, torch.Tensor]) -> Observation:
     layout = VisualLayout.of(config, input_ids)
     every = torch.ones_like(layout.is_global)
     embeds = model.model.embed(input_ids, layout, features, every)
-    glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
-    keep = torch.cat([glances, prompt.attention_mask.bool()])
-    alone, dense = read_answers(model, keep.new_zeros(2).long(), keep, embeds, prompt).log_likelihood.tolist()
-    utility = tile_utility(model, layout, features, prompt)
-    return Observation(input_ids, labels, features, maps, utility, alone, dense)
+    keep = prompt.attention_mask.bool()
+    dense = float(read_answers(model, keep.new_zeros(1).long(), keep, embeds, prompt).log_likelihood)
+    return Observation(input_ids, labels, features, maps, tile_utility(model, layout, features, prompt), dense)
 
 
 def prepare(samples: Sequence[dict], processor) -> Iterator[dict[str, torch.Tensor]]:
@@ -156,26 +152,33 @@ class Observations:
         return Observation(**torch.load(path, weights_only=True, map_location=model.device))
 
 
-def fit_weights(observations: list[Observation], config: QGSAConfig) -> list[list[float]]:
-    """Weights of the attention maps, `layers x 2`, by ridge regression in closed form.
+def taught(each: Observation, layout: VisualLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What an observation teaches about each image with several tiles: `(tiles, target, weight)`.
 
     The target of a tile is its share of a softmax over the utilities of the image's tiles. Images count by the
     probability of the dense answer and by how much the best tile adds: where no tile adds anything, or the model
-    guesses, there is nothing to learn. Scores of all cells then have a standard deviation of 1.
+    guesses, there is nothing to learn.
+    """
+    for image in range(len(layout.grids)):
+        tiles = (layout.tile_image == image) & ~layout.is_global
+        if tiles.any():
+            utility = each.utility[tiles]
+            yield tiles, utility.softmax(0), each.probability * (utility.max() - utility.mean()).clamp(min=0)
+
+
+def fit_weights(observations: list[Observation], config: QGSAConfig) -> list[list[float]]:
+    """Weights of the attention maps, `layers x 2`, by ridge regression in closed form.
+
+    Targets and weights of the tiles are those of `taught`. Scores of all cells then have a standard deviation of 1.
     """
     inputs, targets, weights = [], [], []
     for each in observations:
         layout = VisualLayout.of(config, each.input_ids)
         shares = torch.stack([tile_relevance(maps, layout) for maps in each.maps.flatten(1, 2).unbind(1)], dim=1)
-        for image in range(len(layout.grids)):
-            tiles = (layout.tile_image == image) & ~layout.is_global
-            if not tiles.any():
-                continue
-            utility = each.utility[tiles]
+        for tiles, target, weight in taught(each, layout):
             inputs.append(shares[tiles] - shares[tiles].mean(0))
-            targets.append(utility.softmax(0) - 1 / len(utility))
-            spread = (utility.max() - utility.mean()).clamp(min=0) * each.probability
-            weights.append(spread.expand(len(utility)))
+            targets.append(target - 1 / len(target))
+            weights.append(weight.expand(len(target)))
     x, y, w = torch.cat(inputs).double(), torch.cat(targets).double(), torch.cat(weights).double()[:, None]
     w = w / w.mean().clamp(min=torch.finfo(w.dtype).tiny)
     scale = (w * x**2).mean(0).sqrt().clamp(min=1e-9)
@@ -195,12 +198,8 @@ def fit_temperature(observations: list[Observation], weights: list[list[float]],
         scores = attention_scores(each.maps, weights)
         for number, temperature in enumerate(TEMPERATURES.tolist()):
             mass = tile_relevance((scores / temperature).softmax(1), layout).clamp(min=1e-9).log()
-            for image in range(len(layout.grids)):
-                tiles = (layout.tile_image == image) & ~layout.is_global
-                if tiles.any():
-                    utility = each.utility[tiles]
-                    weight = each.probability * (utility.max() - utility.mean())
-                    losses[number] -= float(weight * (utility.softmax(0) * mass[tiles]).sum())
+            for tiles, target, weight in taught(each, layout):
+                losses[number] -= float(weight * (target * mass[tiles]).sum())
     return float(TEMPERATURES[losses.argmin()])
 
 

@@ -267,8 +267,15 @@ class Request:
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
         question, answer = read_question(config, prompt, layout, given["question_mask"])
-        read = partial(replace, request, prompt=prompt, layout=layout)
-        return read(question_mask=question, answer_position=answer, past=past, shown=shown)
+        return replace(
+            request,
+            prompt=prompt,
+            layout=layout,
+            question_mask=question,
+            answer_position=answer,
+            past=past,
+            shown=shown,
+        )
 
     @property
     def selects(self) -> bool:

@@ -55,7 +55,7 @@ def made(make_dense, tokenizer, processor, samples):
         labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 1, -100)
         features = torch.zeros(len(layout.tile_row), 16, model.config.text_config.hidden_size)
         utility = utility.masked_fill(layout.is_global, float("-inf"))
-        observations.append(Observation(ids, labels, features, maps, utility, -5.0, -0.1))
+        observations.append(Observation(ids, labels, features, maps, utility, -0.1))
     return model, observations
 
 
@@ -76,7 +76,6 @@ def test_guesses_do_not_count(made):
     guess = Observation(
         *(getattr(guess, name) for name in ("input_ids", "labels", "features", "maps")),
         -guess.utility.nan_to_num(neginf=float("inf")),
-        -5.0,
         -40.0,
     )
     assert torch.allclose(

@@ -13,13 +13,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` builds the untrained stand-in."},
     )
-    random_weights: bool = field(default=False, metadata={"help": "Use only the config of base_model."})
+    random_weights: bool = field(default=False, metadata={"help": "Random weights; only the config is used."})
     lora_rank: int = field(default=8, metadata={"help": "LoRA rank; 0 for no adapters."})
     lora_targets: str = field(
         default=r".*text_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
         metadata={"help": "Regular expression for the modules to adapt."},
     )
-    quantization: str = field(default="none", metadata={"help": "Text model: none, 4bit or 8bit."})
+    quantization: str = field(default="none", metadata={"help": "In training: none, 4bit or 8bit."})
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SelectionArguments:
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens per image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest tiles encoded per image."})
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
-    complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that it suffices."})
+    complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the budget suffices."})
 
 
 @dataclass

@@ -29,6 +29,18 @@ def write_results(
     return results
 
 
+def delta_cell(row: dict) -> str:
+    """A row's difference to dense with its interval, for a table."""
+    low, high = row["delta_ci95"]
+    return f"{row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def pointing_cell(row: dict) -> str:
+    """A row's pointing accuracy on one-tile questions, for a table; a dash if it does not point."""
+    pointing = row["grounding"].get("pointing_accuracy_one_tile")
+    return "–" if pointing is None else f"{pointing:.1%}"
+
+
 def format_table(rows: list[dict]) -> str:
     """The rows as a Markdown table; a dash where nothing was measured."""
     lines = [
@@ -36,13 +48,10 @@ def format_table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["delta_ci95"]
-        pointing = row["grounding"].get("pointing_accuracy_one_tile")
         flops = row.get("flops", {}).get("total")
         lines.append(
-            f"| {row['system']} | {row['accuracy']:.1%} | {row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}] "
-            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} "
-            f"| {'–' if pointing is None else f'{pointing:.1%}'} "
+            f"| {row['system']} | {row['accuracy']:.1%} | {delta_cell(row)} "
+            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} | {pointing_cell(row)} "
             f"| {'–' if flops is None else f'{flops / 1e9:.2f}'} | {1000 * row['seconds_median']:.1f} |"
         )
     return "\n".join(lines)

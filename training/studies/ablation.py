@@ -20,7 +20,7 @@ from training.cli.arguments import errors_in_one_line
 from training.cli.presets import parse_arguments
 from training.data.sets import load_data
 from training.evaluation.answers import answer
-from training.evaluation.report import write_results
+from training.evaluation.report import delta_cell, pointing_cell, write_results
 from training.evaluation.rows import bootstrap_interval, grade_answers, make_row
 from training.evaluation.systems import DENSE, System
 from training.learning.output import last_checkpoint
@@ -96,13 +96,10 @@ def format_ablation(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["delta_ci95"]
         seeds = ", ".join(f"{delta:+.1f}" for delta in row["by_seed_pp"])
-        pointing = row["grounding"]["pointing_accuracy_one_tile"]
         lines.append(
-            f"| {row['variant']} | {row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}] | {seeds} "
-            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} "
-            f"| {'–' if pointing is None else f'{pointing:.1%}'} |"
+            f"| {row['variant']} | {delta_cell(row)} | {seeds} "
+            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} | {pointing_cell(row)} |"
         )
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import FAMILIES, Cards, parse_canvas
-from training.evaluation.report import write_results
+from training.evaluation.report import delta_cell, pointing_cell, write_results
 from training.evaluation.rows import evaluate_systems
 from training.evaluation.systems import System, choose_systems
 from training.studies.checkpoints import base_model_of, load_dense, load_model
@@ -61,12 +61,9 @@ def format_canvases(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["delta_ci95"]
-        pointing = row["grounding"].get("pointing_accuracy_one_tile")
         lines.append(
-            f"| {row['canvas']} | {row['system']} | {row['accuracy']:.1%} "
-            f"| {row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}] | {row['visual_tokens_mean']:.1f} "
-            f"| {row['tiles_mean']:.2f} | {'–' if pointing is None else f'{pointing:.1%}'} |"
+            f"| {row['canvas']} | {row['system']} | {row['accuracy']:.1%} | {delta_cell(row)} "
+            f"| {row['visual_tokens_mean']:.1f} | {row['tiles_mean']:.2f} | {pointing_cell(row)} |"
         )
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards, parse_canvas
-from training.evaluation.report import write_results
+from training.evaluation.report import delta_cell, pointing_cell, write_results
 from training.evaluation.rows import add_flops, evaluate_systems
 from training.evaluation.systems import DENSE, System, whole_tiles
 from training.methods import METHODS
@@ -77,12 +77,9 @@ def format_pointing(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = row["delta_ci95"]
-        pointing = row["grounding"].get("pointing_accuracy_one_tile")
         lines.append(
-            f"| {row['system']} | {row['accuracy']:.1%} | {row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}] "
-            f"| {row['tiles_mean']:.2f} | {row['visual_tokens_mean']:.1f} "
-            f"| {'–' if pointing is None else f'{pointing:.1%}'} | {row['loyalty']['loyalty']:.1%} |"
+            f"| {row['system']} | {row['accuracy']:.1%} | {delta_cell(row)} | {row['tiles_mean']:.2f} "
+            f"| {row['visual_tokens_mean']:.1f} | {pointing_cell(row)} | {row['loyalty']['loyalty']:.1%} |"
         )
     return "\n".join(lines)
 
