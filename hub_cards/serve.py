@@ -195,7 +195,7 @@ class Answerer:
             inputs = self.processor(
                 text=[text], images=[images] if images else None, return_tensors="pt", lazy_tiles=lazy
             )
-        except ValueError as error:  # such as an image one pixel high, or no question
+        except ValueError as error:  # such as an image one pixel high
             raise RequestError(f"messages: {error}", "messages") from error
         return inputs.to(self.model.device)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .layout_qgsa import Markers
+from .layout_qgsa import Markers, find_sequence, marker_sequences
 from .outputs_qgsa import Prefill
 
 
@@ -166,7 +166,7 @@ def _drop_seen_tiles(inputs, ids: torch.Tensor, seen: int, markers: Markers) -> 
     behind = torch.arange(ids.shape[1], device=ids.device) < seen
     tiles, images = (
         torch.stack([(each & behind).sum(1), (each & ~behind).sum(1)])
-        for each in (ids == markers.image_token_id, ids == markers.global_image_token_id)
+        for each in (ids == markers.image_token_id, find_sequence(ids, marker_sequences(markers)[0]))
     )
     tiles = tiles // markers.tokens_per_tile
     old, new = tiles

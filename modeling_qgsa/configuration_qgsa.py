@@ -12,6 +12,14 @@ from .compat_qgsa import SmolVLMConfig, strict_config
 __version__ = "0.2.0"
 
 MAX_BUDGET = 2**31 - 1  # effectively "keep everything"
+MARKERS = (  # fields with the ids of tokens by which images and turns are found
+    "image_token_id",
+    "global_image_token_id",
+    "end_of_utterance_token_id",
+    "assistant_token_ids",
+    "user_token_ids",
+    "tile_token_ids",
+)
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 POINTERS = ("attention", "selector")
 
@@ -72,11 +80,23 @@ class Budget:
             if low > high:
                 raise ValueError(f"min_{name} ({low}) must not exceed max_{name} ({high})")
 
-    def resolve(self, complexity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m, k) per image, `(I,)` int64 each, from its complexity, `(I,)` in 0 .. 1."""
+    def resolve(
+        self, complexity: torch.Tensor, asked: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, k) per image, `(I,)` int64 each, from its complexity, `(I,)` in 0 .. 1.
+
+        Args:
+            asked: `(I,)` bool; images that nothing is asked about keep everything.
+        """
+        asked = torch.ones_like(complexity, dtype=torch.bool) if asked is None else asked
         m = self.min_tiles + complexity * (self.max_tiles - self.min_tiles)
         k = self.min_visual_tokens + complexity * (self.max_visual_tokens - self.min_visual_tokens)
-        return m.round().long(), k.round().long()
+        return m.round().long().where(asked, MAX_BUDGET), k.round().long().where(asked, MAX_BUDGET)
+
+
+def flat(ids: int | list) -> list[int]:
+    """All ids of a marker field: of one token, of a list, or of a list of lists."""
+    return [ids] if not isinstance(ids, list) else [number for each in ids for number in flat(each)]
 
 
 def choose_pointer(configured: str, override: str | None = None) -> str:
@@ -135,7 +155,11 @@ class QGSAConfig(SmolVLMConfig):
             "Assistant:" in the published SmolVLM tokenizers. `from_dense` reads them from the chat template. A
             checkpoint that was saved without them and has another tokenizer gets them by
             `model.config.update(marker_ids(processor))` from `conversion_qgsa`, or when it is exported again.
-        tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in total.
+        user_token_ids (`list[int]`): ids that open a question, such as "User:", which alone are no question; the
+            attention of these words is not read. `from_dense` reads them from the chat template.
+        tile_token_ids (`list[int]`): ids of `<row_1_col_1>` ... `<row_6_col_6>`, row by row, 36 in total. Where the
+            tokenizer has no token for a marker (that of SmolVLM-2.2B, for example, writes them as plain text), it is
+            the list of its ids, as is `global_image_token_id`.
 
     A saved configuration also carries `qgsa_version`, the version of this package that wrote it.
 
@@ -164,10 +188,11 @@ class QGSAConfig(SmolVLMConfig):
     complexity_quantile: float | int = 0.95
     tiles_per_step: int | None = None
     image_token_id: int = 49190
-    global_image_token_id: int = 49152
+    global_image_token_id: int | list[int] = 49152
     end_of_utterance_token_id: int = 49279
     assistant_token_ids: list[int] = field(default_factory=lambda: [9519, 9531, 42])
-    tile_token_ids: list[int] = field(default_factory=lambda: list(range(49153, 49189)))
+    user_token_ids: list[int] = field(default_factory=lambda: [11126, 42])
+    tile_token_ids: list[int] | list[list[int]] = field(default_factory=lambda: list(range(49153, 49189)))
 
     def __post_init__(self, **kwargs):
         kwargs.pop("qgsa_version", None)  # of the file that was read; `to_dict` writes the present one
@@ -258,8 +283,7 @@ class QGSAConfig(SmolVLMConfig):
                 f"image_size ({vision.image_size}), patch_size ({vision.patch_size}) and scale_factor "
                 f"({self.scale_factor}) make 0 visual tokens per tile"
             )
-        markers = ("image_token_id", "global_image_token_id", "end_of_utterance_token_id")
-        ids = [(name, getattr(self, name)) for name in markers]
-        for name, number in [*ids, *(("assistant_token_ids", number) for number in self.assistant_token_ids)]:
-            if not 0 <= number < 2**31:
-                raise ValueError(f"{name} ({number}) must be in 0 .. {2**31 - 1}")
+        for name in MARKERS:
+            for number in flat(getattr(self, name)):
+                if not 0 <= number < 2**31:
+                    raise ValueError(f"{name} ({number}) must be in 0 .. {2**31 - 1}")

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from .configuration_qgsa import QGSAConfig
-from .prompt_qgsa import read_chat_format, tokenizer_of
+from .prompt_qgsa import read_chat_format, read_tile_markers, tokenizer_of
 
 
 OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.")
@@ -73,19 +73,20 @@ def marker_ids(source) -> dict:
     Args:
         source: tokenizer or processor; the turns are those of its chat template, see `read_chat_format`.
 
-    Raises ValueError if the tokenizer lacks a marker of SmolVLM.
+    Raises ValueError if the tokenizer lacks a token of SmolVLM's images.
     """
-    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>", *tiles]
+    names = ["<image>", "<fake_token_around_image>"]
     known = tokenizer_of(source).get_vocab()
     lacking = [name for name in names if name not in known]
     if lacking:
-        raise ValueError(f"the tokenizer lacks {len(lacking)} of SmolVLM's {len(names)} marker tokens: {lacking[:3]}")
+        raise ValueError(f"the tokenizer lacks {len(lacking)} of the {len(names)} tokens of an image: {lacking}")
+    global_view, *tiles = read_tile_markers(source)
     chat = read_chat_format(source)
     return {
         "image_token_id": known["<image>"],
-        "global_image_token_id": known["<global-img>"],
+        "global_image_token_id": global_view,
         "end_of_utterance_token_id": chat.end_of_utterance_token_id,
         "assistant_token_ids": chat.assistant_token_ids,
-        "tile_token_ids": [known[name] for name in tiles],
+        "user_token_ids": chat.user_token_ids,
+        "tile_token_ids": tiles,
     }

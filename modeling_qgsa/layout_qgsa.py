@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Markers(Protocol):
@@ -20,9 +21,9 @@ class Markers(Protocol):
     @property
     def image_token_id(self) -> int: ...
     @property
-    def global_image_token_id(self) -> int: ...
+    def global_image_token_id(self) -> int | list[int]: ...
     @property
-    def tile_token_ids(self) -> list[int]: ...
+    def tile_token_ids(self) -> list: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VisualLayout:
         """
         per_tile = markers.tokens_per_tile
         tile_sample, tile_start = _find_tiles(input_ids, per_tile, markers.image_token_id)
-        is_global, tile_row, tile_column = _read_markers(input_ids, tile_sample, tile_start, markers)
+        is_global, tile_row, tile_column, block_start = _read_markers(input_ids, tile_sample, tile_start, markers)
         tile_image = is_global.cumsum(0) - is_global.int()
         grids = _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global)
         first_of_sample = torch.searchsorted(tile_sample, tile_sample)
@@ -69,7 +70,9 @@ class VisualLayout:
             tile_row=tile_row,
             tile_column=tile_column,
             tile_start=tile_start,
-            tile_of_position=_tile_of_each_position(input_ids.shape, tile_sample, tile_start, is_global, per_tile),
+            tile_of_position=_tile_of_each_position(
+                input_ids.shape, tile_sample, block_start, is_global, tile_start + per_tile
+            ),
             grids=grids,
             tokens_per_tile=per_tile,
         )
@@ -125,26 +128,55 @@ def _find_tiles(
     return tile_sample, tile_start
 
 
+def marker_sequences(markers: Markers) -> list[list[int]]:
+    """The ids of each marker: that of the global view, then those of the 36 tiles.
+
+    A marker is one token in most tokenizers, and several of ordinary text in those that lack it.
+    """
+    found = (markers.global_image_token_id, *markers.tile_token_ids)
+    return [[each] if isinstance(each, int) else each for each in found]
+
+
+def find_sequence(input_ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
+    """Where `sequence` ends in `input_ids` `(B, L)`: bool of the same shape."""
+    windows = F.pad(input_ids, (len(sequence) - 1, 0), value=-1).unfold(1, len(sequence), 1)
+    return (windows == input_ids.new_tensor(sequence)).all(-1)
+
+
+def covered_by(input_ids: torch.Tensor, sequence: list[int]) -> torch.Tensor:
+    """The positions of `input_ids` `(B, L)` that belong to a `sequence`, which may be empty: bool, the same shape."""
+    if not sequence:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    ends = find_sequence(input_ids, sequence)
+    return F.pad(ends, (0, len(sequence) - 1)).unfold(1, len(sequence), 1).any(-1)
+
+
 def _read_markers(
     input_ids: torch.Tensor, tile_sample: torch.Tensor, tile_start: torch.Tensor, markers: Markers
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whether each tile is a global view, its row and its column (-1 for a global view), `(T,)` each."""
-    marker = input_ids[tile_sample, tile_start - 1]
-    is_global = marker == markers.global_image_token_id
-    matches = marker[:, None] == torch.tensor(markers.tile_token_ids, device=input_ids.device)
-    for tile in (~(is_global | matches.any(1))).nonzero()[:1, 0].tolist():
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whether each tile is a global view, its row and its column (-1 for a global view), and where its markers begin.
+
+    Each is `(T,)`. The first marker is <fake_token_around_image>, the second tells the place.
+    """
+    sequences = marker_sequences(markers)
+    ends = torch.stack([find_sequence(input_ids, each) for each in sequences])[:, tile_sample, tile_start - 1]
+    for tile in (~ends.any(0)).nonzero()[:1, 0].tolist():
+        sample, start = int(tile_sample[tile]), int(tile_start[tile])
         raise ValueError(
-            f"sample {tile_sample[tile]}: token {marker[tile]} before the tile at position {tile_start[tile]} is "
-            "neither the marker of the global view nor one of the 36 row and column markers"
+            f"sample {sample}: token {input_ids[sample, start - 1]} before the tile at position {start} is neither "
+            "the marker of the global view nor one of the 36 row and column markers"
         )
-    before = input_ids[tile_sample, tile_start - 2]
-    for tile in (before != before[:1]).nonzero()[:1, 0].tolist():
+    number = ends.int().argmax(0)
+    block_start = tile_start - 1 - tile_start.new_tensor([len(each) for each in sequences])[number]
+    before = F.pad(input_ids, (1, 0), value=-1)[tile_sample, block_start + 1]
+    for tile in ((before != before[:1]) | (block_start < 0)).nonzero()[:1, 0].tolist():
         raise ValueError(
             f"sample {tile_sample[tile]}: expected <fake_token_around_image> two positions before the tile at "
             f"position {tile_start[tile]}, found token {before[tile]}"
         )
-    number = matches.int().argmax(1)
-    return is_global, torch.where(is_global, -1, number // 6), torch.where(is_global, -1, number % 6)
+    is_global = number == 0
+    row, column = (number - 1) // 6, (number - 1) % 6
+    return is_global, torch.where(is_global, -1, row), torch.where(is_global, -1, column), block_start
 
 
 def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> torch.Tensor:
@@ -173,16 +205,16 @@ def _read_grids(tile_sample, tile_image, tile_row, tile_column, is_global) -> to
     return grids
 
 
-def _tile_of_each_position(shape, tile_sample, tile_start, is_global, tokens_per_tile) -> torch.Tensor:
-    """The tile at each position, `(B, L)`; it spans its two markers and everything up to the next tile's markers.
+def _tile_of_each_position(shape, tile_sample, block_start, is_global, tile_end) -> torch.Tensor:
+    """The tile at each position, `(B, L)`; it spans its markers and everything up to the next tile's markers.
 
-    A global view ends with its closing marker.
+    A global view ends with its closing marker, after the `tile_end` `(T,)` of its visual tokens.
     """
-    tile_of_position = torch.full(shape, -1, device=tile_start.device)
-    ends = torch.cat([tile_start[1:] - 2, tile_start[:0].new_zeros(1)]) if len(tile_start) else tile_start
-    ends = torch.where(is_global, tile_start + tokens_per_tile + 1, ends)
-    for tile, (sample, start, end) in enumerate(zip(tile_sample.tolist(), tile_start.tolist(), ends.tolist())):
-        tile_of_position[sample, start - 2 : end] = tile
+    tile_of_position = torch.full(shape, -1, device=block_start.device)
+    following = torch.cat([block_start[1:], block_start[:1]])  # a global view comes last
+    ends = torch.where(is_global, tile_end + 1, following)
+    for tile, (sample, start, end) in enumerate(zip(tile_sample.tolist(), block_start.tolist(), ends.tolist())):
+        tile_of_position[sample, start:end] = tile
     return tile_of_position
 
 

@@ -76,7 +76,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         glance = encode_tiles(self, request.visual, layout, layout.is_global)
         question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
         pointer = make_pointer(self, request.pointer, request)
-        pointing = pointer.point(question, question_mask, glance)
+        pointing = pointer.point(question, question_mask | ~question_mask.any(1, keepdim=True), glance)
         if not self.training and not pointing.relevance.isfinite().all():  # in training the loss scaler skips the step
             raise ValueError("relevance holds NaN or infinite values: check the weights and the glance features")
         return Glance(pointer, layout, glance, question_mask, *pointing)
@@ -122,14 +122,15 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         on its attention key; the reported selection is the hard one that the same scores give, and the features are
         those of every tile, for the teachers.
         """
-        prompt, budget, visual = request.prompt, request.budget, request.visual
-        assert prompt is not None and request.layout is not None
-        check_attention(self, budget, request.layout, gated=relaxation is not None)
+        prompt, budget, visual, layout = request.prompt, request.budget, request.visual, request.layout
+        assert prompt is not None and layout is not None
+        check_attention(self, budget, layout, gated=relaxation is not None)
         # glance, point
         glance = self.glance_and_point(request)
-        layout, given = glance.layout, request.token_scores
+        given = request.token_scores
         scores = PointedScores(glance) if given is None else GivenScores.of(given, layout)
-        m, k = budget.resolve(glance.complexity if relaxation is None else relaxation.complexity(glance.complexity))
+        complexity = glance.complexity if relaxation is None else relaxation.complexity(glance.complexity)
+        m, k = budget.resolve(complexity, scores.asked)
         # look
         looked = choose_tokens(budget.selection, scores, layout, m, k)
         tiles = looked.any(1)

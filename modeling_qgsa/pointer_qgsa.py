@@ -14,7 +14,7 @@ import torch
 
 from .attention_qgsa import attention_of_rows
 from .configuration_qgsa import Budget, QGSAConfig
-from .layout_qgsa import VisualLayout, tile_relevance, to_images, token_cells, token_relevance
+from .layout_qgsa import VisualLayout, covered_by, tile_relevance, to_images, token_cells, token_relevance
 from .prompt_qgsa import Prompt, check_shape
 from .selection_qgsa import positions_to_keep, splice
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
@@ -159,6 +159,7 @@ class AttentionPointer:
         samples, owner = layout.image_sample.unique_consecutive(return_inverse=True)
         first = torch.searchsorted(layout.image_sample, samples)  # the first image of each prompt
         places = layout.token_positions[layout.is_global]
+        question_mask = question_mask & ~covered_by(prompt.input_ids, self.config.user_token_ids)[layout.image_sample]
         embeds = question[first].index_put((owner[:, None], places), glance.to(question.dtype))
         glances = layout.is_global[:, None].expand(-1, layout.tokens_per_tile)
         keep = positions_to_keep(prompt.attention_mask, layout, glances)[samples]
@@ -280,6 +281,11 @@ class PointedScores:
 
     glance: Glance
 
+    @property
+    def asked(self) -> torch.Tensor:
+        """Whether anything is asked about each image, `(I,)` bool: without a question there is nothing to rank by."""
+        return self.glance.question_mask.any(1)
+
     def of_tiles(self) -> torch.Tensor:
         """Scores of all tiles before they are encoded, `(T,)`: their share of the relevance."""
         return tile_relevance(self.glance.relevance.exp(), self.glance.layout)
@@ -301,6 +307,7 @@ class GivenScores:
     """Scores from elsewhere, such as a guide or a baseline, `(T, P)`. A tile's score is that of its best token."""
 
     scores: torch.Tensor
+    asked = None  # they hold with and without a question
 
     @classmethod
     def of(cls, scores: torch.Tensor, layout: VisualLayout) -> "GivenScores":

@@ -10,7 +10,7 @@ from transformers import BatchFeature, Idefics3Processor
 from .compat_qgsa import image_processor_options, tokenizer_options
 from .images_qgsa import has_images, images_per_sample, load_images, to_rgb
 from .layout_qgsa import VisualLayout
-from .prompt_qgsa import Turns, find_question, read_chat_format
+from .prompt_qgsa import Turns, find_question, read_chat_format, read_tile_markers
 from .selection_qgsa import QGSASelection
 from .tiles_qgsa import LazyImage, LazyTiles
 
@@ -24,22 +24,22 @@ class MarkerIds(NamedTuple):
 
     tokens_per_tile: int
     image_token_id: int
-    global_image_token_id: int
-    tile_token_ids: list[int]
+    global_image_token_id: int | list[int]
+    tile_token_ids: list[int | list[int]]
 
 
 class QGSAProcessor(Idefics3Processor):
     """Prepares prompts and images like [`Idefics3Processor`], and adds `question_mask`.
 
     Takes the same arguments. `question_mask` `(B, L)` int64 is 1 on the tokens that the selector reads: the last
-    closed turn that is not the assistant's. Turns are those of the chat template.
+    closed turn that is not the assistant's, or none if it is empty. Turns are those of the chat template.
 
     With `lazy_tiles=True` only the global views are turned into pixels at once; the inputs then carry `lazy_tiles`,
     from which the model cuts exactly the tiles that it looks at.
 
     Raises ValueError for an image with a side of less than 4 px, an aspect ratio over 200, more than 89 million
-    pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; if
-    the question about an image is empty; and for videos and audio. Raises OSError for a file that cannot be read.
+    pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; and
+    for videos and audio. Raises OSError for a file that cannot be read.
     """
 
     _auto_class = "AutoProcessor"  # type: ignore[assignment]
@@ -135,23 +135,20 @@ class QGSAProcessor(Idefics3Processor):
         return f"{lines}{separator}{self.fake_image_token}{self.global_image_tag}{tokens}{self.fake_image_token}"
 
     def mask_questions(self, input_ids, attention_mask) -> list[torch.Tensor]:
-        """1 on the tokens of each sample's question, 0 elsewhere, `(L,)` int64 each.
+        """1 on the tokens of each sample's question, 0 elsewhere and without a question, `(L,)` int64 each.
 
         Args:
             input_ids, attention_mask: `(B, L)`, or one list per sample.
-
-        Raises ValueError for images without a question.
         """
-        markers = MarkerIds(self.image_seq_len, self.image_token_id, self.global_image_token_id, self.row_col_ids)
+        global_view, *tiles = read_tile_markers(self)
+        markers = MarkerIds(self.image_seq_len, self.image_token_id, global_view, tiles)
         chat, masks = read_chat_format(self), []
         for ids, shown in zip(map(torch.as_tensor, input_ids), map(torch.as_tensor, attention_mask)):
             layout = VisualLayout.of(markers, ids[None])
             turns = Turns.of(chat, ids[None], shown[None].bool() & (layout.tile_of_position < 0))
             mask = find_question(turns, torch.ones_like(turns.text))[0]
             words = self.tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
-            if len(layout.grids) and not words.removeprefix(chat.user_header).strip():
-                raise ValueError(f"text: the prompt has {len(layout.grids)} images but no question to select by")
-            masks.append(mask.long())
+            masks.append(mask.long() if words.removeprefix(chat.user_header).strip() else torch.zeros_like(ids).long())
         return masks
 
     def draw_selection(self, image, selection: QGSASelection, index: int = 0) -> Image.Image:

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from .layout_qgsa import VisualLayout
+from .layout_qgsa import VisualLayout, covered_by
 
 
 logger = logging.get_logger(__name__)
+NO_QUESTION = (
+    'a prompt has no question about its image, so that every visual token is kept, as with selection="dense". To '
+    "select, ask something, mark the question with question_mask, or set the labels of the question to -100"
+)
 QUESTION, ANSWER = "QUESTION", "ANSWER"  # what stands around them in a rendered template is the template's own
 
 
@@ -94,12 +98,33 @@ class ChatFormat(NamedTuple):
         assistant_token_ids: the tokens that open an answer, without white space before them.
         user_header: the words before a question, such as "User:".
         answer_header: all tokens between a closed question and its answer.
+        user_token_ids: the tokens that open a question, `user_header` with its special tokens.
     """
 
     end_of_utterance_token_id: int
     assistant_token_ids: list[int]
     user_header: str
     answer_header: list[int]
+    user_token_ids: list[int]
+
+
+TILE_MARKERS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+
+
+def read_tile_markers(source) -> list[int | list[int]]:
+    """The ids of the marker of the global view, then of the 36 tiles, in a tokenizer or that of a processor.
+
+    One that the tokenizer has no token for stands in a prompt as ordinary text, between special tokens, and has a
+    list of ids.
+    """
+    tokenizer, found = tokenizer_of(source), []
+    for marker in ("<global-img>", *TILE_MARKERS):
+        known = tokenizer.convert_tokens_to_ids(marker)
+        if known is None or known == tokenizer.unk_token_id:
+            text = f"<fake_token_around_image>{marker}<image>"
+            _, *known, _ = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found.append(known)
+    return found
 
 
 def tokenizer_of(source):
@@ -121,7 +146,8 @@ def read_chat_format(source) -> ChatFormat:
         except Exception:  # a template may raise anything for a form of content that it does not know
             continue
     end, *header = tokenizer("<end_of_utterance>\nAssistant:", add_special_tokens=False)["input_ids"]
-    return ChatFormat(end, _without_space(tokenizer, header), "User:", header)
+    user = tokenizer("User:", add_special_tokens=False)["input_ids"]
+    return ChatFormat(end, _without_space(tokenizer, header), "User:", header, user)
 
 
 def _without_space(tokenizer, ids: list[int]) -> list[int]:
@@ -145,8 +171,10 @@ def _render_and_read(renderer, tokenizer, content) -> ChatFormat:
     if end not in tokenizer.get_added_vocab().values() or not header:
         raise ValueError(f"chat_template: no special token closes a user's turn, which is followed by {between!r}")
     opening = before.rpartition(tokenizer.decode([end]))[2]
-    words = tokenizer.decode(tokenizer(opening, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
-    return ChatFormat(end, header, words.strip(), answer_header)
+    user_header = tokenizer(opening.rstrip(), add_special_tokens=False)["input_ids"]
+    words = tokenizer.decode(user_header, skip_special_tokens=True).strip()
+    user_header = [each for each in user_header if each != tokenizer.bos_token_id]
+    return ChatFormat(end, header, words, answer_header, _without_space(tokenizer, user_header))
 
 
 @dataclass(frozen=True)
@@ -264,11 +292,11 @@ def read_question(
             `find_question` by default. Labels hide what they cover of it, except in a turn that the assistant answers,
             and unless they cover all of it.
 
-    Returns `(question, answer)`: the tokens that the pointer reads, `(I, L)` bool, and the position that predicts the
-    answer, `(I,)` int64, see `find_answer`.
+    Returns `(question, answer)`: the tokens that the pointer reads, `(I, L)` bool, none if there is no question, with
+    a warning; and the position that predicts the answer, `(I,)` int64, see `find_answer`.
 
-    Raises ValueError if an image has no question, if the attention mask hides part of an image, or if it is unclear
-    where a mask of another length belongs.
+    Raises ValueError if the attention mask hides part of an image, if a mask marks no text, or if it is unclear where
+    a mask of another length belongs.
     """
     shown, visual = prompt.attention_mask.bool(), layout.tile_of_position >= 0
     for sample in (visual & ~shown).any(1).nonzero()[:1, 0].tolist():
@@ -281,20 +309,22 @@ def read_question(
     question = find_question(turns, unlabelled)
     if question_mask is None:
         _warn_of_unknown_speakers(config, turns, unlabelled)
+        asked = question & turns.words & ~covered_by(prompt.input_ids, config.user_token_ids)
+        question = question & asked.any(1, keepdim=True)
     else:
-        marked = readable & fit_question_mask(question_mask, question, turns, prompt, layout)
+        given = fit_question_mask(question_mask, question, turns, prompt, layout)
+        marked = readable & given
+        for sample in (given.any(1) & ~marked.any(1)).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"sample {sample}: question_mask marks {int(given[sample].sum())} positions, and 0 of them are text"
+            )
         seen, words = marked & turns.visible(unlabelled), marked & turns.words
         hidden = words.any(1) & ~(words & seen).any(1)
         question = torch.where(hidden[:, None], marked & ~turns.is_answer, seen)
     answer = find_answer(question, turns, prompt)[layout.image_sample]
     question = question[layout.image_sample]
-    for image in (~question.any(1)).nonzero()[:1, 0].tolist():
-        sample = layout.image_sample[image]
-        raise ValueError(
-            f"sample {sample} has no question to select by: of its {prompt.input_ids.shape[1]} positions, "
-            f"{int((prompt.labels[sample] != -100).sum())} are labelled and 0 belong to a question. Mark the question "
-            "with question_mask, or set the labels of the prompt to -100"
-        )
+    if not question.any(1).all():
+        logger.warning_once(NO_QUESTION)
     return question, answer
 
 

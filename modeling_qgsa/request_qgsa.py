@@ -221,8 +221,8 @@ class Request:
         With a selection this is step 1: the layout is read, and everything is checked against it. With a `cache` that
         is in use, the prompt is the new part of a conversation, and its `attention_mask` covers all of it.
 
-        Raises ValueError if the budget is out of range, the inputs do not fit together, an image has no question, an
-        argument is given that "dense" cannot take, or one that cannot be selected from; TypeError for an argument of
+        Raises ValueError if the budget is out of range, the inputs do not fit together, an argument
+        is given that "dense" cannot take, or one that cannot be selected from; TypeError for an argument of
         the wrong type.
         """
         given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}

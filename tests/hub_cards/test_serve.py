@@ -255,8 +255,13 @@ def test_a_stream_says_the_same(ask, url):
 
 
 def test_errors_before_a_stream_are_no_stream(ask):
-    with pytest.raises(openai.BadRequestError, match="no question|asks nothing"):
-        ask([user(" ", CARDS[0]["image"])], stream=True)
+    with pytest.raises(openai.BadRequestError, match="1 x 50 px"):
+        ask([user("what?", Image.new("RGB", (1, 50)))], stream=True)
+
+
+def test_an_image_without_a_question_is_answered_from_all_of_it(ask):
+    response = ask([user(" ", CARDS[0]["image"])])
+    assert text_of(response) and response.qgsa["visual_tokens"] == [17 * 16]
 
 
 # Several clients

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SmolVLMForConditionalGen
 
 import modeling_qgsa.relaxation_qgsa as relaxation
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
+from modeling_qgsa.prompt_qgsa import NO_QUESTION, logger
 from training.data.collator import QuestionCollator
 
 
@@ -80,6 +81,56 @@ def test_whole_budget_is_close_to_dense(attention, make_dense, make_model, batch
     indices = outputs.selection.keep_indices
     assert torch.equal((indices >= 0).sum(1), batch["attention_mask"].sum(1))
     assert torch.allclose(padded_gather(outputs.logits, indices), padded_gather(expected, indices), atol=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder", "blocks"])
+@pytest.mark.parametrize("pointer", ["selector", "attention"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_without_a_question_everything_is_kept(
+    marked, pointer, selection, make_dense, make_model, prepare, samples, stock_inputs, caplog, monkeypatch
+):
+    """In a batch of any questions; it is said once, for all calls."""
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.warning_once.__func__.cache_clear()
+    dense = make_dense("smolvlm", "eager" if selection == "blocks" else "sdpa")
+    model = make_model(dense, selection=selection, pointer=pointer)
+    batch = prepare(samples[0], ("", samples[1][1]))
+    if marked:
+        assert batch["question_mask"].any(1).tolist() == [True, False]
+    else:  # nothing but the placeholders of an image
+        alone = {name: value[1:, -(16 * 5 + 30) :] for name, value in prepare(samples[0], samples[1]).items()}
+        visual = alone["input_ids"] == model.config.image_token_id
+        first, last = visual[0].nonzero()[[0, -1], 0].tolist()
+        alone = {name: alone[name][:, first - 2 : last + 2] for name in ("input_ids", "attention_mask")}
+        batch = alone | {name: prepare(samples[1])[name] for name in ("pixel_values", "pixel_attention_mask")}
+    with torch.no_grad():
+        expected = dense(**stock_inputs(batch)).logits
+        for _ in range(2):
+            outputs = model(**batch)
+    indices = outputs.selection.keep_indices[-1:]
+    assert torch.equal((indices >= 0).sum(1), batch["attention_mask"][-1:].sum(1))
+    logits = padded_gather(outputs.logits[-1:], indices)
+    assert torch.allclose(logits, padded_gather(expected[-1:], indices), atol=1e-4)
+    assert outputs.selection.visual_tokens.tolist()[-1] == 5 * 16
+    assert all(count <= 48 for count in outputs.selection.visual_tokens.tolist()[:-1])
+    assert [record.getMessage() for record in caplog.records] == [NO_QUESTION]
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
+def test_given_scores_select_without_a_question(selection, model, prepare, samples):
+    batch = prepare(("", samples[1][1]))
+    scores = torch.rand(1, 5 * 16)
+    limits = {"min_visual_tokens": 9, "max_visual_tokens": 9, "min_tiles": 1, "max_tiles": 1}
+    found = model.select(**batch, selection=selection, visual_token_scores=scores, **limits)
+    assert found.visual_tokens.tolist() == [9]
+
+
+def test_captions_without_a_question_train_as_in_dense(trainable, make_dense, prepare, samples, stock_inputs):
+    batch = prepare(("", samples[1][1]))
+    batch["labels"] = batch["input_ids"].where(batch["input_ids"] != trainable.config.image_token_id, -100)
+    loss = trainable.train()(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, make_dense()(**stock_inputs(batch)).loss)
 
 
 def test_a_prompt_without_images_is_stock(make_dense, model, prepare):
@@ -564,9 +615,9 @@ def test_from_dense_names_the_markers_a_tokenizer_lacks(make_dense, tokenizer):
     class Plain:
         def get_vocab(self):
             vocabulary = tokenizer.get_vocab()
-            return {name: vocabulary[name] for name in vocabulary if name != "<row_2_col_5>"}
+            return {name: vocabulary[name] for name in vocabulary if name != "<image>"}
 
-    with pytest.raises(ValueError, match=r"lacks 1 of SmolVLM's 40 marker tokens: \['<row_2_col_5>'\]"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the 2 tokens of an image: \['<image>'\]"):
         QGSASmolVLMForConditionalGeneration.from_dense(make_dense(), Plain())
 
 
@@ -637,12 +688,6 @@ def test_pixels_that_are_no_numbers(training, bad, trainable, broken):
     broken["pixel_values"][0, 3, 1, 5, 5] = bad
     with pytest.raises(ValueError, match="sample 0: pixel_values holds NaN or infinite values"):
         trainable.train(training)(**broken)
-
-
-def test_an_empty_question_mask(model, broken):
-    broken["question_mask"].zero_()
-    with pytest.raises(ValueError, match="sample 0 has no question to select by"):
-        model(**broken)
 
 
 @pytest.mark.parametrize(

@@ -161,13 +161,18 @@ def test_labels_over_the_whole_prompt_train(recipe, training, given, make_model,
         assert model.model.selector.relevance.weight.grad.abs().max() > 0
 
 
-def test_labels_over_everything_without_a_template_are_refused_with_a_remedy(model, processor, make_image):
+def test_labels_over_everything_without_a_template_leave_no_question(model, processor, make_image):
+    """Neither tells the answer from the question: nothing is selected by words that are to be learnt."""
     inputs = processor(text="<image>what is it? A moon", images=make_image(0, 64, 64), return_tensors="pt")
-    labels = inputs["input_ids"].clone()
-    length = labels.shape[1]
-    remedy = "Mark the question with question_mask, or set the labels of the prompt to -100"
-    with pytest.raises(ValueError, match=f"of its {length} positions, {length} are labelled and 0 .* {remedy}"):
-        model(**without_mask(inputs), labels=labels)
+    selection = model(**without_mask(inputs), labels=inputs["input_ids"]).selection
+    assert selection.kept_tokens.all() and selection.kept_tiles.all()
+
+
+def test_a_mask_of_no_text_is_refused(model, batch):
+    tiles = (batch["input_ids"] == model.config.image_token_id).long()
+    count = int(tiles[0].sum())
+    with pytest.raises(ValueError, match=f"sample 0: question_mask marks {count} positions, and 0 of them are text"):
+        model(**batch | {"question_mask": tiles})
 
 
 # Masks of another length
