@@ -1,7 +1,7 @@
 """Train a dense stand-in for SmolVLM from scratch, and write its checkpoint, test results and card.
 
-The tiny one on cards, as it is shipped (half an hour on two cores), or on VQA-RAD; and the small one, twice its size,
-on cards of all shapes with relations:
+The tiny one on cards, as it is shipped (half an hour on two cores), or on VQA-RAD; and the small one, four times its
+size, on cards of all shapes with relations:
 
     python training/run_stand_in.py --preset tiny_dense
     python training/run_stand_in.py --preset tiny_dense_vqa_rad

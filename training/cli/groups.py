@@ -102,9 +102,6 @@ class StandInArguments:
         metadata={"help": "tiny on cards, step 1: lessons in words, as canvases:lessons."},
     )
     tower_samples: int = field(default=160_000, metadata={"help": "cards: tiles and thumbnails for the vision tower."})
-    text_model: str | None = field(
-        default=None, metadata={"help": "small: dense checkpoint whose language model it builds upon."}
-    )
     glimpses: str = field(
         default="2x2:9600 2x2,3x3,4x4,4x4:12800",
         metadata={"help": "small, step 2: lessons on pictures with one visual token per tile."},

@@ -39,16 +39,16 @@ SHARES = {
 }
 # With relations. Descriptions teach the lookups of refer, open, find and locate too.
 ALL_SHARES = {
-    "count": 0.05,
-    "presence": 0.10,
-    "refer": 0.08,
-    "open": 0.08,
-    "verify": 0.20,
-    "choice": 0.07,
-    "find": 0.09,
-    "locate": 0.08,
-    "left": 0.07,
-    "above": 0.07,
+    "count": 0.04,
+    "presence": 0.06,
+    "refer": 0.11,
+    "open": 0.05,
+    "verify": 0.18,
+    "choice": 0.05,
+    "find": 0.07,
+    "locate": 0.11,
+    "left": 0.11,
+    "above": 0.11,
     "share": 0.05,
     "odd": 0.06,
 }

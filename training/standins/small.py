@@ -2,31 +2,30 @@
 
 1. The vision tower learns to name the contents of single tiles and thumbnails with a free classifier, which is thrown
    away: the language model's words play no part in it. The tower is frozen from here on.
-2. The language model is grown from a smaller one that answers from words: its layers come on top of new ones, which
-   learn to read visual tokens. It is trained on glimpses of pictures, one visual token per tile, the mean of its own,
-   so that sequences are short. The connector stays random: the tokens that it makes are not words.
+2. The language model learns to answer from glimpses of pictures, one visual token per tile, the mean of its own, so
+   that sequences are short. The connector stays random: the tokens that it makes are not words.
 3. Connector and language model learn to answer from all visual tokens.
+
+In 2 and 3, the language model also learns to name what each visual token shows, and where, in its first layers.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import normalize
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from torch.nn.functional import cross_entropy, layer_norm
+from transformers import Trainer, TrainingArguments
 
-from training.cli.arguments import check_source
 from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, Cards
-from training.standins.dense import lessons_of, stage_arguments, train_on_pictures, train_resumable, word_ids
+from training.standins.dense import lessons_of, stage_arguments, train_on_pictures, train_resumable
 from training.standins.lessons import ALL_DESCRIPTIONS, ALL_SHARES, Lesson, LessonCollator
 from training.standins.muon import make_optimizer
 from training.standins.tower import GRID, FreeTower, Tiles, cell_tile, figures_named, visual_tokens
 
 
-READING_WEIGHT = 1.0  # of the reading loss beside the answer loss
-READING_LAYERS = 6  # new layers of the language model, which read the visual tokens
-PLACE_LENGTH = 0.5  # of the vectors of rows and columns, in lengths of words
+READING_LAYERS = 4  # layers of the language model after which visual tokens are named
+NAMES = (len(COLOURS), len(FIGURES), GRID, GRID)  # of colours, figures, rows and columns
+NAME_LENGTH = 0.6  # norm of a row of the classifier of visual tokens, about that of a new linear layer
 CANVASES = ((4, 4), (4, 4), (3, 4), (4, 3), (2, 4), (4, 2))  # of thumbnails and of validation questions
 KINDS = (0.7, 0.08, 0.22)  # shares of tiles with a card, empty tiles and thumbnails
 COLOUR_NAMES = list(COLOURS)
@@ -82,15 +81,8 @@ class GlimpseTrainer(Trainer):
     """Trains connector and language model on batches of `GlimpseCollator`, the tower frozen.
 
     Beside the answers, the language model learns to read visual tokens, see `reading_loss`. From answers alone, little
-    gradient asks a visual token to look at the marker of its tile, and words for colours are learnt late.
-
-    Args:
-        words: token ids of the words for colours and figures.
+    gradient asks a visual token to look at the marker of its tile.
     """
-
-    def __init__(self, *args, words: list[int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.words = words
 
     def create_optimizer(self, *args):
         """Muon, see `make_optimizer`."""
@@ -110,52 +102,34 @@ class GlimpseTrainer(Trainer):
         if shown.shape[1] < tokens.shape[1] * tokens.shape[2]:
             tiles, thumbnail = tokens[:, :-1].mean(2), tokens[:, -1]
             tokens = torch.cat([tiles, thumbnail], dim=1)
-        visual, embedding = ids == dense.config.image_token_id, dense.get_input_embeddings()
-        inputs["inputs_embeds"] = embedding(ids).masked_scatter(visual[..., None], tokens)
+        visual = ids == dense.config.image_token_id
+        inputs["inputs_embeds"] = dense.get_input_embeddings()(ids).masked_scatter(visual[..., None], tokens)
         loss, outputs = super().compute_loss(
             model, inputs | {"output_hidden_states": True, "use_cache": False}, True, num_items_in_batch
         )
         read = outputs.hidden_states[READING_LAYERS][visual].unflatten(0, shown.shape[:2])
-        loss = loss + READING_WEIGHT * reading_loss(read, embedding.weight[self.words].detach(), shown)
+        loss = loss + reading_loss(read, shown)
         return (loss, outputs) if return_outputs else loss
 
 
-def reading_loss(hidden: torch.Tensor, embeddings: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance between hidden states of visual tokens and what they show, relative to that of words.
+def reading_loss(hidden: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of what visual tokens show, by a classifier that is random and frozen.
+
+    Words play no part in it: what a hidden state has to say lies along arbitrary directions.
 
     Args:
         hidden: `(B, V, D)`, after the layers that read.
-        embeddings: `(16, D)`, of the words for colours and figures. Rows and columns have random vectors.
-        shown: `(B, V, 4)`, as `GlimpseCollator` adds it.
+        shown: `(B, V, 4)`, as `GlimpseCollator` adds it; -100 counts as nothing.
     """
-    length = embeddings.norm(dim=-1).mean()
+    width = hidden.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    places = normalize(torch.randn(2 * GRID, hidden.shape[-1], generator=generator), dim=-1).to(hidden)
-    vectors = torch.cat([embeddings, PLACE_LENGTH * length * places])
-    first = torch.tensor([0, len(COLOURS), len(COLOURS) + len(FIGURES), len(COLOURS) + len(FIGURES) + GRID])
-    wanted = (vectors[(shown.clamp(min=0) + first)] * (shown >= 0)[..., None]).sum(2)
-    return ((hidden - wanted).square().sum(-1) / length**2).mean()
-
-
-def load_text_model(name: str | None):
-    """The language model of a dense checkpoint. Raises ValueError if there is none of that name."""
-    if not name:
-        raise ValueError("text_model (None): required. Name a dense checkpoint with --text_model")
-    check_source(name)
-    return AutoModelForImageTextToText.from_pretrained(name, dtype="float32").model.text_model
-
-
-@torch.no_grad()
-def grow(model, text_model):
-    """Put the layers of a smaller language model on top of new layers of `model`, which begin as the identity."""
-    own, new = model.model.text_model, len(model.model.text_model.layers) - len(text_model.layers)
-    own.embed_tokens.load_state_dict(text_model.embed_tokens.state_dict())
-    own.norm.load_state_dict(text_model.norm.state_dict())
-    for layer, given in zip(own.layers[new:], text_model.layers):
-        layer.load_state_dict(given.state_dict())
-    for layer in own.layers[:new]:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+    names = torch.randn(sum(NAMES), width, generator=generator) * NAME_LENGTH / width**0.5
+    logits = (layer_norm(hidden, (width,)) @ names.to(hidden).T).flatten(0, 1).split(NAMES, dim=1)
+    losses = [
+        cross_entropy(part, each, ignore_index=-100, reduction="sum") / (each >= 0).sum().clamp(min=1)
+        for part, each in zip(logits, shown.flatten(0, 1).unbind(1))
+    ]
+    return torch.stack(losses).sum()
 
 
 def train_tower(model, args, samples: int):
@@ -172,6 +146,7 @@ def train_tower(model, args, samples: int):
 @torch.no_grad()
 def rescale(model, args):
     """Scale the connector so that the visual tokens of pictures are about as long as words."""
+    model.to(args.device)
     tiles = Tiles("validation", 64, args.seed, KINDS, canvases=CANVASES)
     pixels = torch.stack([tiles[index]["pixel_values"] for index in range(64)]).to(args.device)
     tokens = visual_tokens(model.model.vision_model, model.model.connector, pixels)
@@ -182,21 +157,18 @@ def rescale(model, args):
 def train_small(model, processor, args: TrainingArguments, stand_in: StandInArguments):
     """Train `model` (a dense Idefics3 or SmolVLM) on cards with relations and return it; resumes an interrupted run.
 
-    Raises ValueError if the stages of `stand_in` cannot be parsed, see `parse_stages`, or its `text_model` is missing.
+    Raises ValueError if the stages of `stand_in` cannot be parsed, see `parse_stages`.
     """
-    words = word_ids(processor.tokenizer)
     glimpse_lessons = lessons_of(stand_in.glimpses, args, args.seed, **LESSONS)
     picture_lessons = lessons_of(stand_in.pictures, args, args.seed + 100, **LESSONS)
     if not list(Path(args.output_dir).glob("checkpoint-*")):
         train_tower(model, args, stand_in.tower_samples)
-        grow(model, load_text_model(stand_in.text_model))
         rescale(model, args)
         model.model.vision_model.requires_grad_(False)
         model.model.connector.requires_grad_(False)
         glimpses = stage_arguments(args, "glimpses", learning_rate=GLIMPSE_RATE)
-        train_resumable(GlimpseTrainer(model, glimpses, GlimpseCollator(processor), glimpse_lessons, words=words))
+        train_resumable(GlimpseTrainer(model, glimpses, GlimpseCollator(processor), glimpse_lessons))
     model.model.connector.requires_grad_(True)
     validation = Cards("validation", stand_in.validation_size, args.seed, CANVASES, tuple(ALL_SHARES))
     whole = GlimpseCollator(processor, whole=True)
-    kind = partial(GlimpseTrainer, words=words)
-    return train_on_pictures(model, processor, args, picture_lessons, validation, kind, whole)
+    return train_on_pictures(model, processor, args, picture_lessons, validation, GlimpseTrainer, whole)

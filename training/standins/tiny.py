@@ -25,7 +25,7 @@ from training.data.cards import FAMILIES, make_question, make_scene
 TILE_TOKENS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 SPECIAL_TOKENS = ["<global-img>", *TILE_TOKENS, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 VOCABULARY = 512
-SIZES = {  # 1.8 and 3.7 M parameters
+SIZES = {  # 1.8 and 7.0 M parameters
     "tiny": {
         "vision": {
             "hidden_size": 96,
@@ -52,12 +52,12 @@ SIZES = {  # 1.8 and 3.7 M parameters
             "initializer_range": 0.09,
         },
         "text": {
-            "hidden_size": 128,
-            "intermediate_size": 384,
+            "hidden_size": 192,
+            "intermediate_size": 576,
             "num_hidden_layers": 12,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "initializer_range": 0.09,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "initializer_range": 0.07,
         },
     },
 }
