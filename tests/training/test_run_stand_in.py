@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import training.run_stand_in as run_stand_in
+from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,14 @@ def test_help_shows_the_options_of_the_stand_in_only():
     shown = set(re.findall(r"^  (--\w+)", result.stdout, re.MULTILINE))
     assert shown >= {"--preset", "--words", "--longest_edge", "--dataset", "--max_new_tokens", "--help_all"}
     assert not shown & {"--base_model", "--lora_rank", "--systems", "--utility_weight", "--max_steps"}
-    assert "tiny_dense, tiny_dense_vqa_rad" in result.stdout
+    assert "small_dense, tiny_dense, tiny_dense_vqa_rad" in " ".join(result.stdout.split())
     assert len(result.stdout.splitlines()) < 80
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--preset", "dmeo"], "unknown preset 'dmeo': choose from tiny_dense, tiny_dense_vqa_rad"),
+        (["--preset", "dmeo"], "unknown preset 'dmeo': choose from small_dense, tiny_dense, tiny_dense_vqa_rad"),
         (["--preset", "vqa_rad_256m"], "preset 'vqa_rad_256m' belongs to another script: run_qgsa.py"),
         (["--validation_sise", "2"], "unknown option --validation_sise: did you mean --validation_size?"),
         (["--systems", "dense"], "unknown option --systems"),
@@ -59,6 +60,8 @@ def test_help_shows_the_options_of_the_stand_in_only():
         (["--dataset", "imagenet"], "dataset ('imagenet')"),
         (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "folder nowhere not found"),
         (["--words", "2x2"], "'2x2'"),
+        (["--size", "huge"], "size ('huge'): must be tiny or small"),
+        (["--preset", "small_dense", "--glimpses", "2x2"], "'2x2'"),
     ],
 )
 def test_mistakes_end_the_script_with_one_line(arguments, complaint, monkeypatch, tmp_path):
@@ -92,3 +95,20 @@ def test_a_run_leaves_a_checkpoint_with_results_and_card(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(output)
     assert model.config.use_cache is True
     assert AutoProcessor.from_pretrained(output, backend="pil").image_seq_len == 16
+
+
+def test_the_small_stand_in_has_results_per_canvas(tmp_path):
+    output = tmp_path / "small"
+    changes = {"glimpses": "2x2:2", "pictures": "2x2:4", "max_steps": 2, "test_size": 12}
+    arguments = [part for name, value in (SMALL | changes).items() for part in (f"--{name}", str(value))]
+    done = run_script("--preset", "small_dense", *arguments, "--output_dir", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((output / "results.json").read_text())
+    rows = results["rows"]
+    assert (results["preset"], results["split"]) == ("small_dense", "test")
+    assert [row["canvas"] for row in rows] == ["4x4", "4x4", "3x4", "4x3", "2x4", "4x2"]
+    assert [row.get("families") for row in rows] == [None] + ["all"] * 5
+    assert sum(family["n"] for family in rows[2]["by_family"].values()) == 12
+    model = AutoModelForImageTextToText.from_pretrained(output)
+    assert model.config.text_config.num_hidden_layers == 12
+    assert QGSASmolVLMForConditionalGeneration.from_dense(str(output)).config.text_config.num_hidden_layers == 12

@@ -86,21 +86,31 @@ class FeatureArguments:
 
 @dataclass
 class StandInArguments:
-    """How the tiny dense stand-in is built and trained."""
+    """How the dense stand-in is built and trained."""
 
     _argument_group_name = "stand-in"
 
+    size: str = field(
+        default="tiny",
+        metadata={"help": "tiny (words, tower, pictures) or small (tower, glimpses, pictures; cards only)."},
+    )
     longest_edge: int = field(
         default=256, metadata={"help": "Longest edge that images are scaled to, in px; a tile has 64 px."}
     )
     words: str = field(
         default="2x2:9600 2x2,3x3,4x4,4x4:12800",
-        metadata={"help": "cards, step 1: lessons in words, as canvases:lessons."},
+        metadata={"help": "tiny on cards, step 1: lessons in words, as canvases:lessons."},
     )
-    tower_samples: int = field(
-        default=160_000, metadata={"help": "cards, step 2: tiles and thumbnails for the vision tower."}
+    tower_samples: int = field(default=160_000, metadata={"help": "cards: tiles and thumbnails for the vision tower."})
+    glimpses: str = field(
+        default="2x2:9600 2x2,3x3,4x4,4x4:12800",
+        metadata={"help": "small, step 2: lessons on pictures with one visual token per tile."},
     )
     pictures: str = field(
         default="4x4:8000", metadata={"help": "cards, step 3: lessons on pictures, as canvases:lessons."}
     )
     validation_size: int = field(default=400, metadata={"help": "cards, step 3: validation questions."})
+
+    def __post_init__(self):
+        if self.size not in ("tiny", "small"):
+            raise ValueError(f"size ({self.size!r}): must be tiny or small")

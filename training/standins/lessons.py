@@ -13,10 +13,11 @@ from PIL import Image
 
 from training.data.cards import (
     COLOURS,
-    FAMILIES,
     FIGURES,
     SPLITS,
+    TILES_NEEDED,
     Card,
+    leave_one_out,
     make_question,
     make_scene,
     place,
@@ -36,12 +37,34 @@ SHARES = {
     "find": 0.15,
     "locate": 0.08,
 }
+# With relations. Descriptions teach the lookups of refer, open, find and locate too.
+ALL_SHARES = {
+    "count": 0.04,
+    "presence": 0.06,
+    "refer": 0.11,
+    "open": 0.05,
+    "verify": 0.18,
+    "choice": 0.05,
+    "find": 0.07,
+    "locate": 0.11,
+    "left": 0.11,
+    "above": 0.11,
+    "share": 0.05,
+    "odd": 0.06,
+}
+ODD_SHARE = 0.25  # of the scenes, if the odd one out is asked for
 DESCRIPTIONS = (
     ("what is on the cards?", lambda card: (card.colour, card.figure)),
     ("which colours are the shapes?", lambda card: (card.figure, card.colour)),
     ("where are the cards?", lambda card: (card.colour, place(card))),
     ("where are the shapes?", lambda card: (card.figure, place(card))),
 )
+ALL_DESCRIPTIONS = (
+    *DESCRIPTIONS,
+    ("which colours are where?", lambda card: (place(card), card.colour)),
+    ("which shapes are where?", lambda card: (place(card), card.figure)),
+)
+WITHOUT_FIGURES = ("where are the cards?", "which colours are where?")  # what a thumbnail can answer
 UNSPLIT_SHARE = 0.2
 
 
@@ -65,14 +88,14 @@ class Lesson:
     questions: tuple[Question, ...]
 
 
-def describe(rng: np.random.Generator, cards: tuple[Card, ...], split: bool) -> Question:
-    """Ask for all cards in random order, two facts per card ("red star, blue moon").
+def describe(rng: np.random.Generator, cards: tuple[Card, ...], split: bool, kinds=DESCRIPTIONS) -> Question:
+    """Ask for all cards in random order, two facts per card ("red star, blue moon"), in one of the `kinds`.
 
     The first fact is arbitrary and is not learnt. The second follows from it by a single lookup, the elementary step
     of answering a question; it is not learnt if two cards share the first fact. In reading order, it would follow from
     counting instead.
     """
-    kinds = DESCRIPTIONS if split else DESCRIPTIONS[2:3]
+    kinds = [kind for kind in kinds if split or kind[0] in WITHOUT_FIGURES]
     text, facts = kinds[rng.integers(len(kinds))]
     pairs = [facts(cards[number]) for number in rng.permutation(len(cards))]
     named, pieces = [first for first, _ in pairs], []
@@ -89,12 +112,28 @@ class Lessons(torch.utils.data.Dataset):
         size: number of lessons.
         batch_size: number of consecutive lessons that share their canvas, and whether they are shown in tiles.
         drawn: whether to draw the picture.
-        questions: number of questions per lesson, in addition to the description of all cards.
+        questions: number of questions per lesson.
+        shares: shares of the families among the questions.
+        descriptions: number of descriptions of all cards per lesson.
+        kinds: kinds of descriptions.
     """
 
-    def __init__(self, split, size, seed, grids, batch_size, drawn=True, questions=12):
+    def __init__(
+        self,
+        split,
+        size,
+        seed,
+        grids,
+        batch_size,
+        drawn=True,
+        questions=12,
+        shares=SHARES,
+        descriptions=1,
+        kinds=DESCRIPTIONS,
+    ):
         self.split, self.size, self.seed, self.grids = split, size, seed, grids
-        self.batch_size, self.drawn, self.questions = batch_size, drawn, questions
+        self.batch_size, self.drawn, self.questions, self.shares = batch_size, drawn, questions, shares
+        self.descriptions, self.kinds = descriptions, kinds
 
     def __len__(self):
         return self.size
@@ -106,13 +145,16 @@ class Lessons(torch.utils.data.Dataset):
         split = bool(common.random() >= UNSPLIT_SHARE)
         rng = np.random.default_rng((*stream, index // self.batch_size, index % self.batch_size))
         cards = make_scene(rng, self.split, rows, columns)
-        questions = [self._ask(rng, cards, split) for _ in range(self.questions)] + [describe(rng, cards, split)]
+        if "odd" in self.shares and rng.random() < ODD_SHARE:
+            cards = leave_one_out(rng, cards, cards[0])
+        questions = [self._ask(rng, cards, split) for _ in range(self.questions)]
+        questions += [describe(rng, cards, split, self.kinds) for _ in range(self.descriptions)]
         image = Image.fromarray(render(rng, cards, rows, columns)) if self.drawn else None
         return Lesson(rows, columns, split, cards, image, tuple(questions))
 
     def _ask(self, rng, cards, split):
-        families = [family for family in SHARES if split or FAMILIES[family][0] == "none"]
-        shares = np.array([SHARES[family] for family in families])
+        families = [family for family in self.shares if split or TILES_NEEDED[family] == "none"]
+        shares = np.array([self.shares[family] for family in families])
         turn = None
         while turn is None:
             family = families[rng.choice(len(families), p=shares / shares.sum())]
@@ -129,6 +171,7 @@ class LessonCollator:
 
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
+        self.known = {}  # token ids of texts seen so far: questions and pieces of answers recur
         sample = {"question": "{}", "answer": ""}
         text = processor.apply_chat_template(conversation(sample, with_answer=False), add_generation_prompt=True)
         self.opening, self.asking = text.split("<image>")
@@ -179,7 +222,9 @@ class LessonCollator:
         return ids, positions, labels, branch
 
     def _encode(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text not in self.known:
+            self.known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.known[text]
 
 
 class WordCollator(LessonCollator):

@@ -25,6 +25,42 @@ from training.data.cards import FAMILIES, make_question, make_scene
 TILE_TOKENS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 SPECIAL_TOKENS = ["<global-img>", *TILE_TOKENS, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
 VOCABULARY = 512
+SIZES = {  # 1.8 and 7.0 M parameters
+    "tiny": {
+        "vision": {
+            "hidden_size": 96,
+            "intermediate_size": 288,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "initializer_range": 0.1,
+        },
+        "text": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "initializer_range": 0.09,
+        },
+    },
+    "small": {
+        "vision": {
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "initializer_range": 0.09,
+        },
+        "text": {
+            "hidden_size": 192,
+            "intermediate_size": 576,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "initializer_range": 0.07,
+        },
+    },
+}
 
 # SmolVLM's conversation format: no space after the role if the turn starts with an image.
 CHAT_TEMPLATE = (
@@ -101,12 +137,16 @@ def save_processor(processor: Idefics3Processor, folder):
     (folder / "processor_config.json").write_text(json.dumps(own, indent=2) + "\n")
 
 
-def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
-    """A new Idefics3 with 1.8 M parameters, initialised from torch's global generator.
+def build_model(processor: Idefics3Processor, size: str = "tiny") -> Idefics3ForConditionalGeneration:
+    """A new Idefics3 of one of the `SIZES`, initialised from torch's global generator.
 
     The standard deviation of the weights is 1 / sqrt(width): with the usual 0.02, a model of width 128 does not learn
     binding in reasonable time. Attention has a mimetic initialisation, see `attend_to_alike`.
+
+    Raises ValueError for an unknown size.
     """
+    if size not in SIZES:
+        raise ValueError(f"size ({size!r}): choose from {', '.join(SIZES)}")
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     config = Idefics3Config(
@@ -114,25 +154,12 @@ def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneratio
         scale_factor=2,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
-        vision_config={
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": 64,
-            "patch_size": 8,
-            "initializer_range": 0.1,
-        },
-        text_config={
+        vision_config=SIZES[size]["vision"] | {"image_size": 64, "patch_size": 8},
+        text_config=SIZES[size]["text"]
+        | {
             "model_type": "llama",
             "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
-            "initializer_range": 0.09,
             "tie_word_embeddings": True,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": end_id,
@@ -148,11 +175,13 @@ def build_model(processor: Idefics3Processor) -> Idefics3ForConditionalGeneratio
     return model
 
 
-def build_stand_in(texts=None, longest_edge: int = 256) -> tuple[Idefics3ForConditionalGeneration, QGSAProcessor]:
-    """A new stand-in and a QGSA processor for it; arguments as in `build_processor`."""
+def build_stand_in(
+    texts=None, longest_edge: int = 256, size: str = "tiny"
+) -> tuple[Idefics3ForConditionalGeneration, QGSAProcessor]:
+    """A new stand-in and a QGSA processor for it; arguments as in `build_processor` and `build_model`."""
     stock = build_processor(texts, longest_edge)
     parts = {"image_seq_len": stock.image_seq_len, "chat_template": stock.chat_template}
-    return build_model(stock), QGSAProcessor(stock.image_processor, stock.tokenizer, **parts)
+    return build_model(stock, size), QGSAProcessor(stock.image_processor, stock.tokenizer, **parts)
 
 
 @torch.no_grad()

@@ -8,15 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from training.cli.groups import StandInArguments
-from training.data.cards import COLOURS, FIGURES, make_scene
-from training.standins.dense import (
-    Tiles,
-    Tower,
-    WordTrainer,
-    exact_match_by_family,
-    parse_stages,
-    train_dense,
-)
+from training.standins.dense import WordTrainer, exact_match_by_family, parse_stages, train_dense
 from training.standins.lessons import Lessons, WordCollator
 
 
@@ -78,79 +70,6 @@ def test_words_stand_where_visual_tokens_would(make_dense, processor, tmp_path, 
     text = inputs["input_ids"] != processor.image_token_id
     assert torch.equal(seen["embeddings"][text], table[inputs["input_ids"][text]])
     assert torch.equal(seen["attention_mask"], inputs["attention_mask"])
-
-
-# Tower
-
-
-def test_tiles_say_what_is_on_them():
-    tiles = Tiles("train", 50, seed=0, kinds=(1, 0, 0))
-    for index in range(50):
-        tile = tiles[index]
-        assert tile["pixel_values"].shape == (3, 64, 64)
-        assert tile["pixel_values"].dtype == tile["labels"].dtype == torch.float32
-        assert tile["pixel_values"].min() >= -1 and tile["pixel_values"].max() <= 1
-        rng = np.random.default_rng((0, 0, index))
-        rng.choice(3, p=(1, 0, 0))
-        (card,) = make_scene(rng, "train", 1, 1)
-        expected = [name in (card.colour, card.figure) for name in (*COLOURS, *FIGURES)]
-        assert tile["labels"].tolist() == [expected] * 16
-        assert tile["together"]
-    assert torch.equal(tiles[3]["pixel_values"], Tiles("train", 50, 0, (1, 0, 0))[3]["pixel_values"])
-    assert not torch.equal(tiles[3]["pixel_values"], Tiles("validation", 50, 0, (1, 0, 0))[3]["pixel_values"])
-
-
-def test_empty_tiles_have_nothing_to_name():
-    empty = Tiles("train", 5, seed=0, kinds=(0, 1, 0))[0]
-    assert torch.equal(empty["labels"], torch.full((16, 16), 1 / 8))
-    assert empty["together"]
-
-
-def test_thumbnails_name_the_colour_of_each_place_and_no_figure():
-    nothing = [1 / 8] * 8
-    for index in range(20):
-        thumbnail = Tiles("train", 20, seed=0, kinds=(0, 0, 1))[index]
-        assert not thumbnail["together"]
-        rng = np.random.default_rng((0, 0, index))
-        rng.choice(3, p=(0, 0, 1))
-        colours = {(card.row, card.column): card.colour for card in make_scene(rng, "train", 4, 4)}
-        for cell, labels in enumerate(thumbnail["labels"].tolist()):
-            colour = colours.get(divmod(cell, 4))
-            assert labels[:8] == ([name == colour for name in COLOURS] if colour else nothing)
-            assert labels[8:] == nothing
-
-
-@pytest.mark.parametrize("together", [True, False])
-def test_the_tower_is_right_where_its_tokens_are_the_words(together, make_dense, monkeypatch):
-    model = make_dense("idefics3")
-    words = list(range(10, 26))
-    tower, names = Tower(model, words), model.get_input_embeddings().weight.detach()[words]
-    shown = (names[2] + names[8 + 5]).expand(1, 16, -1).clone()
-    shown[0, 7] = names[4] + names[8 + 1]
-    monkeypatch.setattr(tower.connector, "forward", lambda hidden: shown)
-    labels = torch.zeros(1, 16, 16)
-    labels[..., [2, 8 + 5]] = 1
-    pixels, flag = torch.zeros(1, 3, 64, 64), torch.tensor([together])
-    right = tower(pixels, flag, labels)
-    named = right["logits"][0, :, :8].argmax(1), right["logits"][0, :, 8:].argmax(1)
-    odd = torch.arange(16) == 7
-    assert torch.equal(named[0], torch.where(odd & (not together), 4, 2))
-    assert torch.equal(named[1], torch.where(odd & (not together), 1, 5))
-    assert right["loss"] < tower(pixels, flag, labels.roll(1, dims=-1))["loss"]
-    assert not tower.names.requires_grad
-
-
-def test_tokens_are_made_as_long_as_words(make_dense):
-    model = make_dense("idefics3")
-    tower, pixels = Tower(model, list(range(10, 26))).requires_grad_(False), torch.randn(3, 3, 64, 64)
-    before = tower.tokens(pixels)
-    tower.rescale(pixels)
-    after = tower.tokens(pixels)
-    words = model.get_input_embeddings().weight.detach()[10:26].norm(dim=1).mean()
-    assert float(after.norm(dim=-1).mean()) == pytest.approx(float(words) * 2**0.5, rel=1e-4)
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(after, dim=-1), torch.nn.functional.normalize(before, dim=-1)
-    )
 
 
 # Training

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.cards import FAMILIES
+from training.data.cards import FAMILIES, place
 from training.data.collator import QuestionCollator
 from training.standins.lessons import (
+    ALL_DESCRIPTIONS,
     DESCRIPTIONS,
     SHARES,
+    WITHOUT_FIGURES,
     LessonCollator,
     Lessons,
     Question,
@@ -73,6 +75,25 @@ def test_descriptions_learn_only_what_follows():
             assert [learnt for _, learnt in question.pieces[::2]] == [False] * len(pairs)
             assert [learnt for _, learnt in question.pieces[1::2]] == [firsts.count(first) == 1 for first in firsts]
     assert asked == {text for text, _ in DESCRIPTIONS}
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_descriptions_by_place_follow_from_it(split):
+    rng, cards = np.random.default_rng(0), lessons([(4, 4)], size=1, drawn=False)[0].cards
+    asked = {}
+    for _ in range(100):
+        question = describe(rng, cards, split, ALL_DESCRIPTIONS)
+        asked[question.text] = question
+    assert set(asked) == {text for text, _ in ALL_DESCRIPTIONS if split or text in WITHOUT_FIGURES}
+    pairs = answer(asked["which colours are where?"]).split(", ")
+    assert sorted(pairs) == sorted(f"{place(card)} {card.colour}" for card in cards)
+    assert [learnt for _, learnt in asked["which colours are where?"].pieces] == [False, True] * len(cards)
+
+
+def test_a_lesson_has_as_many_questions_and_descriptions_as_wanted():
+    (lesson,) = lessons([(4, 4)], size=1, drawn=False, questions=3, descriptions=5, kinds=ALL_DESCRIPTIONS)
+    described = [question.text in dict(ALL_DESCRIPTIONS) for question in lesson.questions]
+    assert described == [False] * 3 + [True] * 5
 
 
 def test_pieces_are_tokens_of_the_whole(processor):
