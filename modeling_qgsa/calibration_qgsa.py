@@ -1,8 +1,8 @@
 """Calibration of the attention pointer: which attention to read, and how much of what it points at is enough.
 
-It needs images and questions, but no answers, boxes or gradients: the dense model's own answers are the target. The
-samples are split in halves. On the first, weights are fitted to what each tile adds to the likelihood of the answer,
-and a budget is chosen by which the answers stay the same; on the second, the result is measured. Sizes as in
+It needs images and questions, but no answers, boxes or gradients: the dense model's own answers are the target.
+Weights are fitted to what each tile adds to the likelihood of the answer, and a budget is chosen by which the answers
+stay the same. What that keeps is measured on each half of the samples after a fit on the other half. Sizes as in
 `layout_qgsa`.
 """
 
@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from .configuration_qgsa import MAX_BUDGET, QGSAConfig
@@ -32,13 +32,12 @@ from .vision_qgsa import encode_tiles
 
 logger = logging.get_logger(__name__)
 ANSWER_TOKENS = 16  # of the dense answer; the rest of a long one hardly depends on what else is seen
-RIDGE = 10.0  # penalty on the weights of standardized maps
+PENALTY = 30.0  # on the squared weights of standardized maps
 KEEP_ALL = {"selection": "after_encoder", "min_visual_tokens": MAX_BUDGET, "max_visual_tokens": MAX_BUDGET}
 EVERY_TILE = 36  # the largest grid that the markers allow
-TEMPERATURES = torch.logspace(-3, 1, 81)  # of scores that are scaled to a standard deviation of 1
+FOLDS = 5  # of the samples that a budget is chosen on
 COVERAGES = 1 - torch.logspace(-0.1, -3, 30)
-SHARPER = (1.0, 0.7, 0.5, 0.35)  # factors of the fitted temperature: what is enough differs from what is likely
-NOWHERE_QUANTILES = (0.05, 0.1, 0.2, 0.35, 0.5)
+NOWHERE_QUANTILES = (0.5, 0.35, 0.2, 0.1, 0.05)
 BOOTSTRAP = 2000
 
 
@@ -65,6 +64,15 @@ class Observation:
     def probability(self) -> float:
         """The dense model's own probability of its answer: how little it guesses."""
         return float(torch.tensor(self.dense).exp())
+
+    @property
+    def importance(self) -> float:
+        """How much it matters that this answer stays the same: the square of its probability.
+
+        One factor is how much the answer means to the model, the other how likely it would repeat it itself, if it
+        were asked again and drew its answer. A guess among many changes with anything that is left out.
+        """
+        return self.probability**2
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -152,8 +160,8 @@ class Observations:
         return Observation(**torch.load(path, weights_only=True, map_location=model.device))
 
 
-def taught(each: Observation, layout: VisualLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What an observation teaches about each image with several tiles: `(tiles, target, weight)`.
+def taught(each: Observation, layout: VisualLayout) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """What an observation teaches about each image with several tiles: `(image, (tiles, target, weight))`.
 
     The target of a tile is its share of a softmax over the utilities of the image's tiles. Images count by the
     probability of the dense answer and by how much the best tile adds: where no tile adds anything, or the model
@@ -163,44 +171,61 @@ def taught(each: Observation, layout: VisualLayout) -> Iterator[tuple[torch.Tens
         tiles = (layout.tile_image == image) & ~layout.is_global
         if tiles.any():
             utility = each.utility[tiles]
-            yield tiles, utility.softmax(0), each.probability * (utility.max() - utility.mean()).clamp(min=0)
+            weight = each.probability * (utility.max() - utility.mean()).clamp(min=0)
+            yield image, (tiles, utility.softmax(0), weight)
 
 
 def fit_weights(observations: list[Observation], config: QGSAConfig) -> list[list[float]]:
-    """Weights of the attention maps, `layers x 2`, by ridge regression in closed form.
+    """Weights of the attention maps, `layers x 2`, by penalized multinomial logistic regression.
 
-    Targets and weights of the tiles are those of `taught`. Scores of all cells then have a standard deviation of 1.
+    They maximize the likelihood of the shares of `taught` under the relevance of the tiles, so that this relevance can
+    be read as a probability: a question that may be about any of five cards has five tiles of equal relevance.
     """
-    inputs, targets, weights = [], [], []
+    cells, tiles_of_cells, targets, weights = [], [], [], []
     for each in observations:
         layout = VisualLayout.of(config, each.input_ids)
-        shares = torch.stack([tile_relevance(maps, layout) for maps in each.maps.flatten(1, 2).unbind(1)], dim=1)
-        for tiles, target, weight in taught(each, layout):
-            inputs.append(shares[tiles] - shares[tiles].mean(0))
-            targets.append(target - 1 / len(target))
-            weights.append(weight.expand(len(target)))
-    x, y, w = torch.cat(inputs).double(), torch.cat(targets).double(), torch.cat(weights).double()[:, None]
-    w = w / w.mean().clamp(min=torch.finfo(w.dtype).tiny)
-    scale = (w * x**2).mean(0).sqrt().clamp(min=1e-9)
-    x = x / scale
-    penalty = RIDGE * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    fitted = torch.linalg.solve(x.T @ (w * x) + penalty, x.T @ (w * y[:, None]))[:, 0] / scale
-    fitted = fitted.view(-1, 2)
-    scores = torch.cat([attention_scores(each.maps.double(), fitted.tolist()).flatten() for each in observations])
-    return (fitted / scores.std().clamp(min=1e-9)).tolist()
+        count = layout.tokens_per_tile
+        # Tiles are sums of cells: one column for each cell that has all of the relevance.
+        shares = [tile_relevance(one.expand(len(layout.grids), -1), layout) for one in torch.eye(count).to(each.maps)]
+        for image, (tiles, target, weight) in taught(each, layout):
+            cells.append(each.maps[image].flatten(0, 1).T)
+            tiles_of_cells.append(torch.stack(shares, dim=1)[tiles])
+            targets.append(target)
+            weights.append(weight)
+    x = torch.stack(cells).double()  # (I, C, weights)
+    a, y = (pad_sequence(rows, batch_first=True).double() for rows in (tiles_of_cells, targets))
+    w = torch.stack(weights).double()
+    w = w / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    scale = torch.einsum("i,icw->w", w, (x - x.mean(1, keepdim=True)).square() / x.shape[1]).sqrt().clamp(min=1e-9)
+    w = w / w.square().sum().clamp(min=torch.finfo(w.dtype).tiny)  # the effective number of images
+    fitted = torch.zeros_like(scale, requires_grad=True)
+    optimizer = torch.optim.LBFGS([fitted], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        relevance = (x @ (fitted / scale)).softmax(1)
+        likelihood = (y * (a @ relevance[..., None])[..., 0].clamp(min=1e-9).log()).sum(1)
+        penalized = PENALTY * fitted.square().sum() - (w * likelihood).sum()
+        penalized.backward()
+        return penalized
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (fitted.detach() / scale).view(-1, 2).tolist()
 
 
-def fit_temperature(observations: list[Observation], weights: list[list[float]], config: QGSAConfig) -> float:
-    """The temperature at which relevance comes closest to the shares of utility, by cross entropy."""
-    losses = torch.zeros(len(TEMPERATURES))
-    for each in observations:
-        layout = VisualLayout.of(config, each.input_ids)
-        scores = attention_scores(each.maps, weights)
-        for number, temperature in enumerate(TEMPERATURES.tolist()):
-            mass = tile_relevance((scores / temperature).softmax(1), layout).clamp(min=1e-9).log()
-            for tiles, target, weight in taught(each, layout):
-                losses[number] -= float(weight * (target * mass[tiles]).sum())
-    return float(TEMPERATURES[losses.argmin()])
+def scores_of(observations: list[Observation], weights: list[list[float]]) -> list[torch.Tensor]:
+    """Scores of the cells of each sample's images, `(I, C)`."""
+    return [attention_scores(each.maps, weights) for each in observations]
+
+
+def cross_fitted_scores(observations: list[Observation], config: QGSAConfig) -> list[torch.Tensor]:
+    """As `scores_of`, each by weights that were fitted without its sample: they point as well as on new samples."""
+    scores = [torch.empty(0)] * len(observations)
+    for fold in range(FOLDS):
+        rest = [each for number, each in enumerate(observations) if number % FOLDS != fold]
+        scores[fold::FOLDS] = scores_of(observations[fold::FOLDS], fit_weights(rest, config))
+    return scores
 
 
 class Spending(NamedTuple):
@@ -211,20 +236,22 @@ class Spending(NamedTuple):
     nowhere: float | None
 
 
+EVERYTHING = Spending(1.0, 1.0, None)
+
+
 class Trials:
     """Answers of some observations with the tiles that a spending encodes; each is read once.
 
     Args:
         model: the QGSA model.
         observations: the samples.
-        weights: fitted ones, which score the cells.
+        scores: of the cells of each sample's images.
     """
 
-    def __init__(self, model, observations: list[Observation], weights: list[list[float]]):
-        self.model, self.observations = model, observations
+    def __init__(self, model, observations: list[Observation], scores: list[torch.Tensor]):
+        self.model, self.observations, self.scores = model, observations, scores
         self.layouts = [VisualLayout.of(model.config, each.input_ids) for each in observations]
-        self.scores = [attention_scores(each.maps, weights) for each in observations]
-        self.chance = torch.tensor([each.probability for each in observations], dtype=torch.float64)
+        self.importance = torch.tensor([each.importance for each in observations], dtype=torch.float64)
         self.read: dict[tuple[int, ...], bool] = {}
 
     def mass(self, number: int, temperature: float) -> torch.Tensor:
@@ -238,6 +265,10 @@ class Trials:
             nowhere = nowhere_share(scores, spent.temperature, spent.nowhere)
             counts.append(tiles_to_cover(self.mass(number, spent.temperature), layout, spent.coverage, nowhere))
         return counts
+
+    def cost(self, spent: Spending) -> float:
+        """Mean number of tiles of an image."""
+        return float(torch.cat(self.tiles(spent)).float().mean())
 
     def agrees(self, number: int, tiles: torch.Tensor, temperature: float) -> bool:
         """Whether a sample is answered as by the dense model with this many tiles of each image, the best ones."""
@@ -260,34 +291,44 @@ class Trials:
         """
         tiles, allowed = self.tiles(spent), float("inf")
         if target is not None:
-            one = self.chance.mean()
-            allowed = max(0.0, float((1 - target) * (self.chance.sum() + one) - one / 2))
+            one = self.importance.mean()
+            allowed = max(0.0, float((1 - target) * (self.importance.sum() + one) - one / 2))
         agreed = torch.ones(len(tiles), dtype=torch.bool)
-        for number in self.chance.argsort(descending=True).tolist():
+        for number in self.importance.argsort(descending=True).tolist():
             agreed[number] = self.agrees(number, tiles[number], spent.temperature)
-            if self.chance[~agreed].sum() > allowed:
+            if self.importance[~agreed].sum() > allowed:
                 return None
         return agreed
 
 
-def choose_spending(trials: Trials, temperature: float, target_loyalty: float) -> Spending | None:
-    """The cheapest spending that keeps the answers; None if none is below dense.
+def choose_spending(trials: Trials, target_loyalty: float) -> Spending | None:
+    """The lowest coverage that keeps the answers; None if none below the dense cost does.
 
-    Args:
-        temperature: the fitted one.
+    A score of looking nowhere is added where it saves a fifth of the tiles or more, and no answer.
     """
-    highest = torch.stack([scores.amax() for scores in trials.scores])
-    thresholds = [None, *torch.quantile(highest, highest.new_tensor(NOWHERE_QUANTILES)).tolist()]
-    candidates = [
-        Spending(temperature * factor, coverage, nowhere)
-        for factor, coverage, nowhere in product(SHARPER, COVERAGES.tolist(), thresholds)
-    ]
-    costs = {each: float(torch.cat(trials.tiles(each)).float().mean()) for each in candidates}
     everything = torch.cat([layout.grids.prod(1) for layout in trials.layouts]).float().mean()
-    for each in sorted(candidates, key=lambda candidate: costs[candidate]):
-        if costs[each] < 0.9 * everything and trials.loyalty(each, target_loyalty) is not None:
-            return each
-    return None
+    for coverage in COVERAGES.tolist():
+        chosen = Spending(1.0, coverage, None)
+        agreed, cost = trials.loyalty(chosen, target_loyalty), trials.cost(chosen)
+        if agreed is not None:
+            break
+    if agreed is None or cost >= 0.9 * everything:
+        return None
+    highest = torch.stack([scores.amax() for scores in trials.scores])
+    for nowhere in torch.quantile(highest, highest.new_tensor(NOWHERE_QUANTILES)).tolist():
+        frugal = chosen._replace(nowhere=nowhere)
+        still = trials.loyalty(frugal)
+        if trials.cost(frugal) <= 0.8 * cost and still is not None and (still >= agreed).all():
+            return frugal
+    return chosen
+
+
+class Measured(NamedTuple):
+    """Of some samples, whether each agrees `(n,)`, its importance `(n,)`, and the tiles of each image `(I,)`."""
+
+    agreed: torch.Tensor
+    importance: torch.Tensor
+    tiles: torch.Tensor
 
 
 def bootstrap_interval(agreed: torch.Tensor, weights: torch.Tensor) -> list[float]:
@@ -298,17 +339,39 @@ def bootstrap_interval(agreed: torch.Tensor, weights: torch.Tensor) -> list[floa
     return torch.quantile(shares, torch.tensor([0.025, 0.975], dtype=shares.dtype)).tolist()
 
 
-def measure(trials: Trials, spent: Spending) -> dict[str, Any]:
-    """Loyalty and cost of a spending on samples that it was not fitted on."""
+def measure(trials: Trials, spent: Spending) -> Measured:
+    """Loyalty and cost of a spending."""
     agreed = trials.loyalty(spent)
     assert agreed is not None
+    return Measured(agreed, trials.importance, torch.cat(trials.tiles(spent)))
+
+
+def describe(parts: Sequence[Measured]) -> dict[str, Any]:
+    """What was measured on several parts of the samples, together."""
+    agreed, importance, tiles = (torch.cat(each) for each in zip(*parts))
     return {
-        "loyalty": float((agreed.double() * trials.chance).sum() / trials.chance.sum()),
-        "loyalty_ci95": bootstrap_interval(agreed, trials.chance),
+        "loyalty": float((agreed.double() * importance).sum() / importance.sum()),
+        "loyalty_ci95": bootstrap_interval(agreed, importance),
         "loyalty_unweighted": float(agreed.double().mean()),
-        "tiles_mean": float(torch.cat(trials.tiles(spent)).float().mean()),
+        "tiles_mean": float(tiles.float().mean()),
         "held_out_samples": len(agreed),
     }
+
+
+def check_promise(model, samples: Sequence[dict], processor) -> dict[str, Any]:
+    """Loyalty and cost of a calibrated `model` on other `samples`, by the measure that it was calibrated by.
+
+    Raises ValueError if the model was not calibrated, or a sample cannot be read.
+    """
+    config = model.config
+    if config.attention_weights is None:
+        raise ValueError("attention_weights (None): the model was not calibrated, so that there is nothing to check")
+    observations = observe_all(model, samples, processor, None)
+    spent = Spending(config.attention_temperature, config.attention_coverage, config.attention_nowhere)
+    with torch.no_grad():
+        return describe(
+            [measure(Trials(model, observations, scores_of(observations, config.attention_weights)), spent)]
+        )
 
 
 def check_samples(samples: Sequence[dict], target_loyalty: float, layers: int):
@@ -342,18 +405,26 @@ def observe_all(model, samples: Sequence[dict], processor, folder: str | Path | 
     return observations
 
 
+def fit(model, observations: list[Observation], target_loyalty: float) -> tuple[list[list[float]], Spending | None]:
+    """The weights of the attention, and what to spend by them; None if only everything keeps the answers."""
+    scores = cross_fitted_scores(observations, model.config)
+    return fit_weights(observations, model.config), choose_spending(
+        Trials(model, observations, scores), target_loyalty
+    )
+
+
 def calibrate_pointer(
     model, samples: Sequence[dict], processor, target_loyalty: float = 0.99, folder: str | Path | None = None
 ) -> dict[str, Any]:
     """Fit the attention pointer and its budget to this model, and write both into the config.
 
-    It takes images and questions, but no answers: those of the dense model are the target. Half of the samples,
-    at best 100 to 200, are for fitting; what is reported was measured on the other half.
+    It takes images and questions, 100 to 200 at best, but no answers: those of the dense model are the target. What
+    is reported was measured on each half of the samples after fitting on the other one; then all of them are fitted.
 
     Args:
         samples: sequence of dicts with `image` (PIL, or a list of them) and `question`.
-        target_loyalty: share of the answers that should be those of the dense model, weighted by its probability
-            for them; if no smaller budget keeps it, `selection` becomes "dense".
+        target_loyalty: share of the answers that should be those of the dense model, weighted by the square of its
+            probability for them, see [`Observation`]; if no smaller budget keeps it, `selection` becomes "dense".
         folder: keeps what was observed, so that an interrupted calibration continues; about 3 MB per sample.
 
     Returns what was measured, also `config.calibration`. Raises ValueError, before anything is changed, for fewer
@@ -364,19 +435,19 @@ def calibrate_pointer(
     training = model.training
     try:
         observations = observe_all(model.eval(), samples, processor, folder)
-        fitted_on, held_out = observations[::2], observations[1::2]
-        weights = fit_weights(fitted_on, config)
-        temperature = fit_temperature(fitted_on, weights, config)
         with torch.no_grad():
-            chosen = choose_spending(Trials(model, fitted_on, weights), temperature, target_loyalty)
-            spent = chosen or Spending(temperature, 1.0, None)
-            measured = measure(Trials(model, held_out, weights), spent)
+            halves = observations[::2], observations[1::2]
+            held_out = []
+            for half, other in (halves, halves[::-1]):
+                weights, chosen = fit(model, half, target_loyalty)
+                held_out.append(measure(Trials(model, other, scores_of(other, weights)), chosen or EVERYTHING))
+            weights, chosen = fit(model, observations, target_loyalty)
     finally:
         model.train(training)
-    record = {"target_loyalty": target_loyalty, "samples": len(samples), **measured, "dense": chosen is None}
+    record = {"target_loyalty": target_loyalty, "samples": len(samples), **describe(held_out), "dense": chosen is None}
     config.selection = "dense" if chosen is None else "before_encoder"
     config.pointer, config.attention_weights = "attention", weights
-    config.attention_temperature, config.attention_coverage, config.attention_nowhere = spent
+    config.attention_temperature, config.attention_coverage, config.attention_nowhere = chosen or EVERYTHING
     config.min_tiles, config.max_tiles, config.calibration = 0, EVERY_TILE, record
     config.keep_whole_tiles()
     if chosen is None:

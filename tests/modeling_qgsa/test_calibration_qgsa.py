@@ -1,6 +1,7 @@
 """Calibration: its arithmetic on made-up observations, its promises on a random model."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -13,15 +14,17 @@ from modeling_qgsa.calibration_qgsa import (
     Spending,
     Trials,
     bootstrap_interval,
+    check_promise,
     choose_spending,
-    fit_temperature,
+    cross_fitted_scores,
+    describe,
     fit_weights,
     measure,
     observe,
     prepare,
+    scores_of,
 )
 from modeling_qgsa.layout_qgsa import VisualLayout, tile_relevance
-from modeling_qgsa.pointer_qgsa import attention_scores
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +62,40 @@ def made(make_dense, tokenizer, processor, samples):
     return model, observations
 
 
+def fields_of(observation):
+    return {each.name: getattr(observation, each.name) for each in dataclasses.fields(observation)}
+
+
 def test_weights_find_the_row_that_points(made):
     model, observations = made
     weights = torch.tensor(fit_weights(observations, model.config))
     assert weights.shape == (2, 2)
     assert weights[1, 1] > 5 * weights.flatten()[:3].abs().max()
-    scores = torch.cat([attention_scores(each.maps, weights.tolist()).flatten() for each in observations])
-    assert float(scores.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_relevance_is_the_share_of_utility(made, monkeypatch):
+    """Without a penalty, the relevance of the tiles is as sharp as what they add to the answer."""
+    model, observations = made
+    monkeypatch.setattr(calibration, "PENALTY", 1e-3)
+    found = []
+    for factor in (1.0, 0.3):
+        softer = [Observation(**{**fields_of(each), "utility": each.utility * factor}) for each in observations]
+        scores = scores_of(softer, fit_weights(softer, model.config))
+        trials = Trials(model, softer, scores)
+        for number, each in enumerate(softer):
+            tiles = ~trials.layouts[number].is_global
+            found.append((factor, trials.mass(number, 1.0)[tiles].max(), each.utility[tiles].softmax(0).max()))
+    for factor in (1.0, 0.3):
+        ours, wanted = (torch.stack([each[part] for each in found if each[0] == factor]).mean() for part in (1, 2))
+        assert ours == pytest.approx(float(wanted), abs=0.1)
+
+
+def test_scores_of_a_sample_do_not_depend_on_it(made):
+    model, observations = made
+    other = Observation(**{**fields_of(observations[3]), "utility": -observations[3].utility.nan_to_num(neginf=4.0)})
+    changed = [*observations[:3], other, *observations[4:]]
+    before, after = (cross_fitted_scores(each, model.config) for each in (observations, changed))
+    assert torch.equal(before[3], after[3]) and not torch.equal(before[4], after[4])
 
 
 def test_guesses_do_not_count(made):
@@ -83,49 +113,42 @@ def test_guesses_do_not_count(made):
     )
 
 
-def test_the_temperature_is_that_of_the_utilities(made):
-    model, observations = made
-    weights = fit_weights(observations, model.config)
-    temperature = fit_temperature(observations, weights, model.config)
-    flat = [Observation(**{**vars(each), "utility": each.utility * 0.1}) for each in observations]
-    for each in flat:
-        each.__dict__.pop("prompt", None)
-    assert fit_temperature(flat, weights, model.config) > 2 * temperature
-
-
 def test_the_cheapest_budget_that_agrees_is_chosen(made, monkeypatch):
     """If each answer needs three tiles, three are chosen; if all of them, nothing below dense is."""
     model, observations = made
-    weights = fit_weights(observations, model.config)
-    temperature = fit_temperature(observations, weights, model.config)
+    scores = scores_of(observations, fit_weights(observations, model.config))
     monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: int(tiles) >= 3)
-    trials = Trials(model, observations, weights)
-    spent = choose_spending(trials, temperature, 1.0)
+    trials = Trials(model, observations, scores)
+    spent = choose_spending(trials, 1.0)
     assert int(torch.cat(trials.tiles(spent)).min()) == 3
-    measured = measure(trials, spent)
-    assert measured["loyalty"] == measured["loyalty_unweighted"] == 1 and measured["held_out_samples"] == 12
+    measured = describe([measure(trials, spent)] * 2)
+    assert measured["loyalty"] == measured["loyalty_unweighted"] == 1 and measured["held_out_samples"] == 24
     monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: tiles >= self.layouts[number].grids.prod())
-    assert choose_spending(Trials(model, observations, weights), temperature, 1.0) is None
+    assert choose_spending(Trials(model, observations, scores), 1.0) is None
+    monkeypatch.setattr(Trials, "agrees", lambda *_: False)
+    assert choose_spending(Trials(model, observations, scores), 0.5) is None
 
 
 def test_a_question_about_nothing_gets_no_tiles(made, monkeypatch):
     """Where the tiles are alike and none is needed, looking nowhere has a score, and pointed questions keep tiles."""
     model, observations = made
-    blind = [Observation(**{**vars(each), "maps": torch.full_like(each.maps, 1 / 16)}) for each in observations[:6]]
+    blind = [
+        Observation(**{**fields_of(each), "maps": torch.full_like(each.maps, 1 / 16)}) for each in observations[:6]
+    ]
     weights = fit_weights(observations, model.config)
-    trials = Trials(model, [*blind, *observations[6:]], weights)
+    trials = Trials(model, [*blind, *observations[6:]], scores_of([*blind, *observations[6:]], weights))
     monkeypatch.setattr(Trials, "agrees", lambda self, number, tiles, _: number < 6 or int(tiles) >= 1)
-    spent = choose_spending(trials, 0.3, 1.0)
+    spent = choose_spending(trials, 1.0)
     tiles = torch.cat(trials.tiles(spent))
     assert spent.nowhere is not None
-    assert tiles[:6].tolist() == [0] * 6 and int(tiles[6:].min()) >= 1
+    assert int(tiles[:6].max()) < 16 * spent.coverage and int(tiles[6:].min()) >= 1
 
 
 def test_loyalty_stops_where_it_cannot_be_reached(made, monkeypatch):
     model, observations = made
     asked = []
     monkeypatch.setattr(Trials, "agrees", lambda self, number, *_: bool(asked.append(number)))
-    trials = Trials(model, observations, fit_weights(observations, model.config))
+    trials = Trials(model, observations, scores_of(observations, fit_weights(observations, model.config)))
     assert trials.loyalty(Spending(1.0, 0.5, None), target=0.85) is None
     assert len(asked) == 2  # 1.45 of twelve may differ
     assert trials.loyalty(Spending(1.0, 0.5, None)).tolist() == [False] * 12
@@ -158,11 +181,10 @@ def test_an_observation_is_what_the_model_does(untrained, processor, samples):
 
 def test_what_is_counted_as_agreement_is_what_users_get(untrained, processor, samples):
     """The teacher-forced trial of a budget, against `generate` with the calibrated config."""
-    record = untrained.calibrate(samples, processor, target_loyalty=0.3)
-    assert record == untrained.config.calibration
-    config = untrained.config
+    untrained.calibrate(samples, processor, target_loyalty=0.3)
+    record, config = check_promise(untrained, samples, processor), untrained.config
     same = []
-    for inputs in list(prepare(samples, processor))[1::2]:
+    for inputs in prepare(samples, processor):
         options = {"max_new_tokens": 16, "do_sample": False}
         dense = untrained.generate(**inputs, selection="dense", **options)
         same.append(torch.equal(dense, untrained.generate(**inputs, selection="before_encoder", **options)))
@@ -178,7 +200,7 @@ def test_the_config_is_written_and_saved(untrained, processor, samples, tmp_path
     assert config.pointer == "attention" and len(config.attention_weights) == 2
     assert (config.min_tiles, config.max_tiles) == (0, 36)
     assert (config.min_visual_tokens, config.max_visual_tokens) == (16, 37 * 16)
-    assert record["samples"] == 12 and record["held_out_samples"] == 6 and record["target_loyalty"] == 0.5
+    assert record["samples"] == 12 and record["held_out_samples"] == 12 and record["target_loyalty"] == 0.5
     low, high = record["loyalty_ci95"]
     assert 0 <= low <= record["loyalty"] <= high <= 1
     untrained.save_pretrained(tmp_path)
@@ -189,6 +211,11 @@ def test_the_config_is_written_and_saved(untrained, processor, samples, tmp_path
     assert torch.equal(
         loaded.select(**inputs, **options).kept_tokens, untrained.eval().select(**inputs, **options).kept_tokens
     )
+
+
+def test_a_promise_is_checked_on_calibrated_models_only(untrained, processor, samples):
+    with pytest.raises(ValueError, match=r"attention_weights \(None\): the model was not calibrated"):
+        check_promise(untrained, samples, processor)
 
 
 def test_it_says_so_where_the_promise_cannot_be_kept(untrained, processor, samples, monkeypatch):

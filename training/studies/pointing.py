@@ -10,6 +10,7 @@ are counted with every system on its own. Writes `pointing_cards.json` and print
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_qgsa.calibration_qgsa import check_promise
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards, parse_canvas
 from training.evaluation.report import delta_cell, pointing_cell, write_results
@@ -31,6 +32,9 @@ class PointingArguments:
         default="outputs/calibrated", metadata={"help": "It, calibrated (run_qgsa.py --task calibrate)."}
     )
     model: str | None = field(default=None, metadata={"help": "QGSA checkpoint trained on it; none by default."})
+    families: str = field(
+        default="", metadata={"help": "Families of questions, with commas; those of the benchmark by default."}
+    )
     canvas: str = field(default="4x4", metadata={"help": "Canvas of the questions, as rows x columns in tiles."})
     eval_split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
     test_size: int = field(default=2000, metadata={"help": "Number of questions."})
@@ -81,6 +85,16 @@ def format_pointing(rows: list[dict]) -> str:
             f"| {row['system']} | {row['accuracy']:.1%} | {delta_cell(row)} | {row['tiles_mean']:.2f} "
             f"| {row['visual_tokens_mean']:.1f} | {pointing_cell(row)} | {row['loyalty']['loyalty']:.1%} |"
         )
+    for row in rows:
+        if "promise" in row:
+            kept, promised = row["promise"], row["calibration"]["target_loyalty"]
+            low, high = kept["loyalty_ci95"]
+            lines += [
+                "",
+                f"`{row['system']}` promised to keep {promised:.1%} of the dense answers, weighted by the square of "
+                f"their probability, and keeps {kept['loyalty']:.1%} [{low:.1%}, {high:.1%}]; unweighted "
+                f"{kept['loyalty_unweighted']:.1%}.",
+            ]
     return "\n".join(lines)
 
 
@@ -90,13 +104,15 @@ def main():
         dense, processor = load_dense(run.base_model)
         calibrated = load_model(run.calibrated)
         model = None if run.model is None else load_model(run.model)
-        questions = Cards(run.eval_split, run.test_size, canvases=[parse_canvas(run.canvas)])
+        families = run.families.split(",") if run.families else None
+        questions = Cards(run.eval_split, run.test_size, canvases=[parse_canvas(run.canvas)], families=families)
     output = Path(run.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     systems = make_systems(dense, calibrated, model)
     rows = evaluate_systems(systems, questions, processor, 50, max_new_tokens=8, share_features=True)
     add_flops(rows, systems, questions, processor, 8, run.flops_questions)
     rows[3]["calibration"] = calibrated.config.calibration
+    rows[3]["promise"] = check_promise(calibrated, questions, processor)
     name = "pointing_cards.json" if run.eval_split == "test" else f"pointing_cards_{run.eval_split}.json"
     write_results(output / name, "calibrate", "cards", run.test_size, 0, rows, run.eval_split)
     print(format_pointing(rows))

@@ -143,7 +143,7 @@ def test_what_is_shown_is_read_from_hidden_states():
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1].item() < 0.1 * losses[0].item()
+    assert losses[-1].item() < 0.2 * losses[0].item()
     torch.testing.assert_close(reading_loss(3 * hidden, shown), losses[-1], rtol=0.05, atol=1e-3)  # no matter how long
     assert reading_loss(hidden, shown.flip(1)).item() > 1
     nothing = reading_loss(hidden, torch.full_like(shown, -100))

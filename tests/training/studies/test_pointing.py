@@ -17,6 +17,7 @@ from training.studies.pointing import TILES, PointingArguments, format_pointing,
 def systems(make_model):
     dense = make_model(pointer="attention")
     fields = {"pointer": "attention", "attention_weights": [[1.0, 0.0]], "attention_coverage": 0.5}
+    fields |= {"calibration": {"target_loyalty": 0.9}}
     calibrated = make_model(**fields, max_tiles=EVERY_TILE, max_visual_tokens=16 * (1 + EVERY_TILE))
     return make_systems(dense, calibrated, make_model())
 
@@ -68,4 +69,6 @@ def test_the_script_writes_its_results(systems, processor, monkeypatch, tmp_path
     results = json.loads((tmp_path / "pointing_cards_validation.json").read_text())
     assert results["n"] == 2 and results["split"] == "validation"
     assert all(row["flops"]["total"] > 0 for row in results["rows"])
-    assert format_pointing(results["rows"]) in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert format_pointing(results["rows"]) in shown and "`qgsa-calibrated` promised to keep 90.0%" in shown
+    assert results["rows"][3]["promise"]["held_out_samples"] == 2
