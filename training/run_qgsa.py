@@ -5,7 +5,8 @@ The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
 
     python training/run_qgsa.py
 
-SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration instead of training:
+SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration in place of training,
+evaluated beside the dense model, the controls and the attention as it comes:
 
     python training/run_qgsa.py --preset vqa_rad_256m
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
@@ -15,8 +16,10 @@ A preset (training/presets) sets options, which the command line overrides; `--m
 that was interrupted continues from its last checkpoint. The stand-in's own training is training/run_stand_in.py.
 """
 
+import json
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from torch.utils.data import Subset
 from transformers import set_seed
@@ -120,19 +123,31 @@ def run(
         write_report(preset, command, model, data, args, rows, tuned, processor, test)
 
 
+def recorded_task(folder: str) -> dict:
+    """How the model in an output folder was calibrated, of its `run.json`; empty if it was trained."""
+    path = Path(folder) / "run.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {name: found[name] for name in field_names(TaskArguments) if name in found}
+
+
 def main():
     with errors_in_one_line():
         preset, task, model, data, selection, evaluation, features, args = parse(sys.argv[1:])
         if args.resume_from_checkpoint is None:
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)
+        given = " ".join(sys.argv)
+        if task.task == "calibrate" and "--systems" not in given:  # compare with the attention as it comes
+            evaluation.systems = [*(set(evaluation.systems) - {"dense-finetuned"}), "qgsa-attention"]
         chosen = choose_systems(evaluation.systems, None, None)  # a wrong name is found before anything is trained
         evaluation.systems = [system.name for system in chosen]
         check_training(selection, features)
         wanted = identity([model, data, selection, features], args)
         if task.task == "calibrate":
             wanted |= asdict(task)
-            args.output_dir += "" if "--output_dir" in " ".join(sys.argv) else "_calibrated"
+            args.output_dir += "" if "--output_dir" in given else "_calibrated"
+        elif task.task == "evaluate":
+            wanted |= recorded_task(args.output_dir)
         former = field_names(StandInArguments)
         command = " ".join(["python training/run_qgsa.py", *sys.argv[1:]])
         with claimed(args.output_dir, wanted, args.process_index == 0, former):

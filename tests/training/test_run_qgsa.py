@@ -262,10 +262,6 @@ def test_calibration_needs_no_training(tmp_path):
     options = "--task calibrate --calibration_size 20 --target_loyalty 0.6 --test_size 4 --use_cpu true"
     arguments = [
         *options.split(),
-        "--systems",
-        "dense",
-        "qgsa-attention",
-        "qgsa",
         "--output_dir",
         str(tmp_path / "run"),
     ]
@@ -275,11 +271,17 @@ def test_calibration_needs_no_training(tmp_path):
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
     assert model.config.pointer == "attention" and model.config.calibration["samples"] == 20
     rows = json.loads((output / "results.json").read_text())["rows"]
-    assert [row["system"] for row in rows] == ["dense", "qgsa", "qgsa-attention"]
-    assert rows[2]["tiles_mean"] == 4 and rows[2]["visual_tokens_mean"] == 80
+    controls = ["dense-global-only", "blank-image", "random", "centre"]
+    assert [row["system"] for row in rows] == ["dense", *controls, "qgsa", "qgsa-attention"]
+    assert rows[-1]["tiles_mean"] == 4 and rows[-1]["visual_tokens_mean"] == 80
     card = (output / "README.md").read_text()
     assert "It was calibrated on 20 questions without their answers." in card
     assert len(list((output / "observations").glob("*.pt"))) == 20
+    recorded = (output / "run.json").read_text()
+    alone = run_script("--task", "evaluate", *arguments[6:], "--systems", "dense", "qgsa")
+    assert alone.returncode == 0, alone.stderr
+    assert [row["system"] for row in json.loads((output / "results.json").read_text())["rows"]] == ["dense", "qgsa"]
+    assert (output / "run.json").read_text() == recorded
     second = run_script(*arguments)
     assert second.returncode == 0, second.stderr
     again = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
