@@ -26,7 +26,7 @@ from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.pareto import ParetoArguments, format_pareto
-from training.studies.pointing import PointingArguments
+from training.studies.pointing import PointingArguments, format_pointing
 
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +55,7 @@ TABLES = {
     "vqa_rad": lambda rows: [format_table(rows)],
     "vqa_rad_published": lambda rows: [format_table(rows)],
     "pareto_cards": lambda rows: [format_pareto(rows)],
+    "pointing_cards": lambda rows: [format_pointing(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],

@@ -1,7 +1,6 @@
 """Train and evaluate question-guided selection for SmolVLM.
 
-The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
-(table, figures and checkpoint in outputs/demo):
+The demo, offline, 8 to 10 minutes on two cores (table, figures and checkpoint in outputs/demo):
 
     python training/run_qgsa.py
 
@@ -18,7 +17,7 @@ that was interrupted continues from its last checkpoint. The stand-in's own trai
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from torch.utils.data import Subset
@@ -127,7 +126,7 @@ def recorded_task(folder: str) -> dict:
     """How the model in an output folder was calibrated, of its `run.json`; empty if it was trained."""
     path = Path(folder) / "run.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {name: found[name] for name in field_names(TaskArguments) if name in found}
+    return {each.name: found[each.name] for each in fields(TaskArguments) if each.name in found}
 
 
 def main():

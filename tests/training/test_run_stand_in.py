@@ -94,7 +94,12 @@ def test_a_run_leaves_a_checkpoint_with_results_and_card(tmp_path):
     assert identity["words"] == "2x2:2" and "base_model" not in identity
     model = AutoModelForImageTextToText.from_pretrained(output)
     assert model.config.use_cache is True
-    assert AutoProcessor.from_pretrained(output, backend="pil").image_seq_len == 16
+    processor = AutoProcessor.from_pretrained(output, backend="pil")
+    assert processor.image_seq_len == 16
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "why?"}]}]
+    assert processor.apply_chat_template(asked, add_generation_prompt=True).endswith(
+        "why?<end_of_utterance>\nAssistant:"
+    )
 
 
 def test_the_small_stand_in_has_results_per_canvas(tmp_path):

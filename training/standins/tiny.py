@@ -135,6 +135,7 @@ def save_processor(processor: Idefics3Processor, folder):
     path.write_text(json.dumps(config, indent=2) + "\n")
     own = {"image_seq_len": processor.image_seq_len, "processor_class": "Idefics3Processor"}
     (folder / "processor_config.json").write_text(json.dumps(own, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(processor.chat_template)
 
 
 def build_model(processor: Idefics3Processor, size: str = "tiny") -> Idefics3ForConditionalGeneration:
