@@ -10,6 +10,8 @@ are counted with every system on its own. Writes `pointing_cards.json` and print
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch.utils.data import Subset
+
 from modeling_qgsa.calibration_qgsa import check_promise
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards, parse_canvas
@@ -38,6 +40,9 @@ class PointingArguments:
     canvas: str = field(default="4x4", metadata={"help": "Canvas of the questions, as rows x columns in tiles."})
     eval_split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
     test_size: int = field(default=2000, metadata={"help": "Number of questions."})
+    promise_size: int = field(
+        default=2000, metadata={"help": "Number of them, from the first on, that the promise is checked on."}
+    )
     flops_questions: int = field(default=20, metadata={"help": "Number of questions whose FLOPs are counted."})
     output_dir: str = field(default="outputs/pointing", metadata={"help": "Folder for results."})
 
@@ -87,12 +92,12 @@ def format_pointing(rows: list[dict]) -> str:
         )
     for row in rows:
         if "promise" in row:
-            kept, promised = row["promise"], row["calibration"]["target_loyalty"]
-            low, high = kept["loyalty_ci95"]
+            kept, (low, high) = row["promise"], row["promise"]["loyalty_ci95"]
             lines += [
                 "",
-                f"`{row['system']}` promised to keep {promised:.1%} of the dense answers, weighted by the square of "
-                f"their probability, and keeps {kept['loyalty']:.1%} [{low:.1%}, {high:.1%}]; unweighted "
+                f"`{row['system']}` promised to keep {row['calibration']['target_loyalty']:.1%} of the dense answers, "
+                "weighted by the square of their probability, and of "
+                f"{kept['held_out_samples']} it keeps {kept['loyalty']:.1%} [{low:.1%}, {high:.1%}]; unweighted "
                 f"{kept['loyalty_unweighted']:.1%}.",
             ]
     return "\n".join(lines)
@@ -112,7 +117,9 @@ def main():
     rows = evaluate_systems(systems, questions, processor, 50, max_new_tokens=8, share_features=True)
     add_flops(rows, systems, questions, processor, 8, run.flops_questions)
     rows[3]["calibration"] = calibrated.config.calibration
-    rows[3]["promise"] = check_promise(calibrated, questions, processor)
+    rows[3]["promise"] = check_promise(
+        calibrated, Subset(questions, range(min(run.promise_size, run.test_size))), processor
+    )
     name = "pointing_cards.json" if run.eval_split == "test" else f"pointing_cards_{run.eval_split}.json"
     write_results(output / name, "calibrate", "cards", run.test_size, 0, rows, run.eval_split)
     print(format_pointing(rows))
