@@ -276,9 +276,9 @@ class Trials:
         chosen = top_k_per_image(self.mass(number, temperature), ~layout.is_global, layout, tiles) | layout.is_global
         key = (number, *chosen.nonzero()[:, 0].tolist())
         if key not in self.read:
-            keep = positions_to_keep(
-                each.prompt.attention_mask, layout, chosen[:, None].expand(each.features.shape[:2])
-            )
+            shown = chosen[:, None].expand(each.features.shape[:2])
+            markers_stay = self.model.config.keep_tile_markers
+            keep = positions_to_keep(each.prompt.attention_mask, layout, shown, markers_stay)
             embeds = self.model.model.embed(each.input_ids, layout, each.features, torch.ones_like(chosen))
             self.read[key] = bool(read_answers(self.model, tiles.new_zeros(1), keep, embeds, each.prompt).agrees)
         return self.read[key]

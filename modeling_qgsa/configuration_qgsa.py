@@ -139,6 +139,9 @@ class QGSAConfig(SmolVLMConfig):
             about nothing that is visible; `calibrate` finds a value where it helps.
         attention_coverage (`float`, defaults to 1.0): share of that relevance that the encoded tiles should cover,
             within the budget; 1 always uses the whole budget. `calibrate` finds a value.
+        keep_tile_markers (`bool`, defaults to `False`): whether the markers of tiles that were not looked at stay in
+            the prompt. A text model that was not trained with a selection needs them to tell places; `from_dense` sets
+            it for the attention.
         calibration (`dict`, *optional*): what `calibrate` measured; for the reader.
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
@@ -178,6 +181,7 @@ class QGSAConfig(SmolVLMConfig):
     attention_temperature: float | int = 1.0
     attention_nowhere: float | int | None = None
     attention_coverage: float | int = 1.0
+    keep_tile_markers: bool = False
     calibration: dict[str, Any] | None = None
     selector_hidden_size: int = 128
     selector_layers: int = 2

@@ -29,7 +29,7 @@ def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
     """The configuration of a QGSA model: sizes from the dense one, marker ids from `tokenizer`, and `fields`.
 
     The pointer is the text model's attention. The tiles that it chooses are kept whole, unless `fields` say how many
-    visual tokens to keep: the text model was not trained to read less.
+    visual tokens to keep, and the markers of the others stay: the text model was not trained to read less.
 
     Args:
         tokenizer: tokenizer or processor; None leaves the marker ids to `fields` and the defaults.
@@ -45,6 +45,8 @@ def config_of_dense(dense, tokenizer=None, **fields) -> QGSAConfig:
         tie_word_embeddings=dense.tie_word_embeddings,
         **({"image_token_id": dense.image_token_id, "pointer": "attention"} | fields),
     )
+    if config.pointer == "attention" and "keep_tile_markers" not in fields:
+        config.keep_tile_markers = True
     if config.pointer == "attention" and not {"min_visual_tokens", "max_visual_tokens"} & fields.keys():
         config.keep_whole_tiles()
     return config

@@ -147,7 +147,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if relaxation is not None:
             stays, gates = looked, relaxation.log_gates(token_scores, looked, layout, k)
             spliced.append((gates.to(embeds.dtype), 0.0))
-        keep = positions_to_keep(prompt.attention_mask, layout, stays)
+        keep = positions_to_keep(prompt.attention_mask, layout, stays, self.config.keep_tile_markers)
         (embeds, mask, positions, *log_gates), keep_indices = splice(keep, *spliced)
         mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
         mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
@@ -180,7 +180,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         request = Request.take(self.config, rest, past_key_values)
         if request.selects:
             relaxes = self.training and request.token_scores is None and request.pointer == "selector"
-            prefill = self.prefill(request, Relaxation.of(request) if relaxes else None)
+            prefill = self.prefill(request, Relaxation.of(request, self.config.keep_tile_markers) if relaxes else None)
             outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
             request.past.note(outputs.past_key_values, prefill, input_ids.shape[1])
             outputs = QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])

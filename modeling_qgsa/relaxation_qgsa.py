@@ -23,19 +23,21 @@ class Relaxation:
 
     Args:
         temperature: temperature of the gates, which become hard as it falls to 0.
+        markers_stay: whether the markers of every tile stay, see `config.keep_tile_markers`.
     """
 
     temperature: float
+    markers_stay: bool = False
 
     @classmethod
-    def of(cls, request: Request) -> "Relaxation":
+    def of(cls, request: Request, markers_stay: bool) -> "Relaxation":
         """The relaxation of a `request`. Raises ValueError if it goes on with a conversation behind a cache."""
         if request.shown is not None:
             raise ValueError(
                 f"past_key_values holds {request.shown.shape[1]} positions, but the relaxed selection of training "
                 "cannot continue a conversation: call model.eval()"
             )
-        return cls(request.gumbel_temperature)
+        return cls(request.gumbel_temperature, markers_stay)
 
     def complexity(self, estimated: torch.Tensor) -> torch.Tensor:
         """Random complexities, `(I,)` in 0 .. 1, that replace the `estimated` ones."""
@@ -51,7 +53,7 @@ class Relaxation:
             looked: `(T, P)` bool.
         """
         relaxed = partial(relaxed_top_k, temperature=self.temperature)
-        return gates_of_positions(rank_per_image(relaxed, scores, looked, layout, k), layout)
+        return gates_of_positions(rank_per_image(relaxed, scores, looked, layout, k), layout, self.markers_stay)
 
 
 def relaxed_top_k(
@@ -75,13 +77,13 @@ def relaxed_top_k(
     return gates.masked_fill(~candidates | (k >= count)[:, None], 0.0)
 
 
-def gates_of_positions(gates: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+def gates_of_positions(gates: torch.Tensor, layout: VisualLayout, markers_stay: bool = False) -> torch.Tensor:
     """Log-gates of all positions, `(B, L)`, from those of the visual tokens, `(T, P)`.
 
     The markers of a tile are as open as its most open token, since they are dropped only with its last token; text
-    and the markers of global views stay, with a log-gate of 0.
+    and the markers of global views stay, with a log-gate of 0, and with `markers_stay` those of all tiles.
     """
-    markers = torch.where(layout.is_global, 0.0, gates.amax(1))
+    markers = torch.where(layout.is_global | markers_stay, 0.0, gates.amax(1))
     positions = torch.where(layout.tile_of_position < 0, 0.0, markers[layout.tile_of_position])
     return positions.index_put((layout.tile_sample[:, None], layout.token_positions), gates)
 

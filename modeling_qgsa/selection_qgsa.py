@@ -112,13 +112,18 @@ def spread(values: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
 # Selection to prompt
 
 
-def positions_to_keep(attention_mask: torch.Tensor, layout: VisualLayout, kept: torch.Tensor) -> torch.Tensor:
+def positions_to_keep(
+    attention_mask: torch.Tensor, layout: VisualLayout, kept: torch.Tensor, markers_stay: bool = False
+) -> torch.Tensor:
     """Positions of the prompt to keep, `(B, L)` bool, given the visual tokens `kept` `(T, P)`.
 
     All text stays. The markers of a tile are dropped with its last token; those of a global view stay, as they close
     the image.
+
+    Args:
+        markers_stay: whether the markers of every tile stay, see `config.keep_tile_markers`.
     """
-    marked = kept.any(1) | layout.is_global
+    marked = kept.any(1) | layout.is_global | markers_stay
     keep = torch.where(layout.tile_of_position < 0, True, marked[layout.tile_of_position])
     keep = keep.index_put((layout.tile_sample[:, None], layout.token_positions), kept)
     return keep & attention_mask.bool()

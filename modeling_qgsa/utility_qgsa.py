@@ -72,7 +72,8 @@ def tile_utility(model, layout: VisualLayout, features: torch.Tensor, prompt: Pr
         features: `(T, P, D)`, features of every tile.
     """
     embeds = model.model.embed(prompt.input_ids, layout, features, torch.ones_like(layout.is_global))
-    glances = positions_to_keep(prompt.attention_mask, layout, layout.is_global[:, None].expand(features.shape[:2]))
+    shown = layout.is_global[:, None].expand(features.shape[:2])
+    glances = positions_to_keep(prompt.attention_mask, layout, shown, model.config.keep_tile_markers)
     tiles = (~layout.is_global).nonzero()[:, 0]
     rows = layout.tile_sample[tiles]
     keep = glances[rows] | (layout.tile_of_position[rows] == tiles[:, None])

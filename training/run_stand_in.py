@@ -36,6 +36,7 @@ from training.standins.tiny import build_stand_in, save_processor
 
 
 FORMER = field_names(ModelArguments, SelectionArguments, FeatureArguments, LossArguments)
+ADDED = {"size": StandInArguments.size, "glimpses": StandInArguments.glimpses}
 
 
 def parse(arguments: list[str]) -> tuple:
@@ -97,7 +98,7 @@ def main():
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)
         command = " ".join(["python training/run_stand_in.py", *sys.argv[1:]])
-        with claimed(args.output_dir, identity([stand_in, data], args), args.process_index == 0, FORMER):
+        with claimed(args.output_dir, identity([stand_in, data], args), args.process_index == 0, FORMER, ADDED):
             run(preset, command, stand_in, data, answers, args)
 
 

@@ -42,6 +42,16 @@ def test_relaxed_top_k_has_a_gradient_that_a_shift_of_all_scores_does_not_change
     assert (scores.grad[1] == 0).all()
 
 
+def test_markers_that_stay_are_open():
+    layout = read(prompts([1, 7] + image_block(1, 2, 4) + [8, 9, END, 5]))
+    gates = -torch.rand(3, 4) - 1
+    shut, left_open = (gates_of_positions(gates, layout, stay) for stay in (False, True))
+    markers = layout.tile_of_position >= 0
+    markers[0, layout.token_positions] = False
+    assert (shut[markers] < 0).any() and (left_open[markers] == 0).all()
+    assert torch.equal(shut[~markers], left_open[~markers])
+
+
 def test_gates_of_positions_shut_the_markers_with_their_tile():
     one_by_two = [1, 7] + image_block(1, 2, 4) + [8, 9, END, 5]
     layout = read(prompts(one_by_two))

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
-from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
 from modeling_qgsa.selection_qgsa import QGSASelection, positions_to_keep
 from modeling_qgsa.vision_qgsa import encode_blocks
 from training.costs.counter import count_flops
@@ -164,8 +164,10 @@ class Runner:
 
     def selected_flops(self, inputs: dict, selection: QGSASelection, per_tile: int) -> list[dict[str, int]]:
         """FLOPs of each question by formula, for the tiles and tokens in `selection`."""
-        lengths, questions = (selection.keep_indices >= 0).sum(1).tolist(), inputs["question_mask"].sum(1).tolist()
-        glances, flops = self.glances(inputs), []
+        lengths, asked = (selection.keep_indices >= 0).sum(1).tolist(), inputs["question_mask"].bool()
+        if self.system.pointer == "attention":  # which does not read what opens a turn
+            asked = asked & ~covered_by(inputs["input_ids"], self.model.config.user_token_ids)
+        questions, glances, flops = asked.sum(1).tolist(), self.glances(inputs), []
         for tiles, length, question, glance in zip(selection.tiles.tolist(), lengths, questions, glances):
             blocks = ()
             if self.system.selection == "blocks" and tiles:  # their distribution over the tiles does not matter

@@ -43,13 +43,20 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 @contextmanager
-def claimed(folder: str | Path, wanted: dict, main_process: bool = True, former: Collection[str] = ()):
+def claimed(
+    folder: str | Path,
+    wanted: dict,
+    main_process: bool = True,
+    former: Collection[str] = (),
+    added: dict | None = None,
+):
     """Hold an output folder for one run: a new one, or the one that the folder belongs to.
 
     Args:
         wanted: the run's `identity`.
         main_process: False in the other processes of a run, which rely on the first.
         former: fields that the `run.json` of an earlier version has in addition; they are not compared.
+        added: fields that it lacks, with the values that were the only ones then.
 
     If a run fails before it has saved anything, the folder is free for another run.
 
@@ -72,7 +79,7 @@ def claimed(folder: str | Path, wanted: dict, main_process: bool = True, former:
         wanted = json.loads(json.dumps(wanted))
         new = not path.exists()
         if not new:
-            check_same_run(folder, json.loads(path.read_text()), wanted, former)
+            check_same_run(folder, (added or {}) | json.loads(path.read_text()), wanted, former)
         replace_file(path, json.dumps(wanted, indent=2).encode())
         try:
             yield

@@ -29,7 +29,7 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
     pointed = PointedScores(glance)
     looked = choose_tokens(budget.selection, pointed, glance.layout, m, k)
     kept = top_k_per_image(scores, looked, glance.layout, k)
-    return positions_to_keep(prompt.attention_mask, glance.layout, kept)
+    return positions_to_keep(prompt.attention_mask, glance.layout, kept, model.config.keep_tile_markers)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from transformers import Idefics3Config
 
 from modeling_qgsa.conversion_qgsa import config_of_dense
-from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.request_qgsa import Request
 from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep
@@ -53,12 +53,14 @@ def test_attention_pointer(make_model, inputs, weights):
     model = make_model(pointer="attention", attention_weights=weights)
     options = {"min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 48, "max_visual_tokens": 48}
     length = model.select(**inputs, **options).keep_indices.shape[1]
-    question = int(inputs["question_mask"].sum())
-    glance = length - 2 * 16 - 2 * 2  # without two tiles and their markers; line ends belong to the last tile
+    header = covered_by(inputs["input_ids"], model.config.user_token_ids)
+    question = int((inputs["question_mask"].bool() & ~header).sum())
+    assert header.any()
+    glance = length - 2 * 16 - 2 * 16  # without two tiles and all markers; line ends belong to the last tile of a line
     layout = VisualLayout.of(model.config, inputs["input_ids"])
     shown = layout.is_global[:, None].expand(-1, 16)
     read = int(positions_to_keep(inputs["attention_mask"], layout, shown).sum())
-    assert glance - 2 <= read <= glance
+    assert glance - 5 <= read <= glance
     expected = estimate_flops(model.config, 3, length, 5, question, glance=read)
     check(count_flops(model, inputs, 5, **options), expected)
 

@@ -10,6 +10,7 @@ from training.cli.groups import FeatureArguments, ModelArguments, SelectionArgum
 from training.data.arguments import DataArguments
 from training.learning.output import claimed, field_names, identity, last_checkpoint
 from training.learning.training_arguments import LossArguments, QGSATrainingArguments
+from training.run_stand_in import ADDED
 
 
 WANTED = {"seed": 1, "dataset": "cards"}
@@ -139,7 +140,7 @@ def test_a_run_of_an_earlier_version_may_go_on(demo, tmp_path):
     with claimed(tmp_path, demo(), former=field_names(StandInArguments)):
         pass
     assert json.loads((tmp_path / "run.json").read_text()) == demo()
-    assert FORMER_RUN.keys() - demo().keys() == field_names(StandInArguments)
+    assert FORMER_RUN.keys() - demo().keys() == field_names(StandInArguments) - ADDED.keys()
 
 
 @pytest.mark.parametrize("change", [{"max_tiles": 2}, {"base_model": "outputs/other"}])
@@ -158,7 +159,7 @@ def test_a_stand_in_of_an_earlier_version(pictures, same, tmp_path):
     wanted = identity([StandInArguments(pictures=pictures), DataArguments()], args)
     (tmp_path / "run.json").write_text(json.dumps(FORMER_RUN | {"base_model": "tiny"}))
     with nullcontext() if same else pytest.raises(ValueError, match="belongs to a run with pictures"):
-        with claimed(tmp_path, wanted, former=former):
+        with claimed(tmp_path, wanted, former=former, added=ADDED):
             pass
     assert (json.loads((tmp_path / "run.json").read_text()) == wanted) is same
 
