@@ -1,11 +1,11 @@
 """Train and evaluate question-guided selection for SmolVLM.
 
-The demo, offline, 8 to 10 minutes on two cores (table, figures and checkpoint in outputs/demo):
+The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
+(table, figures and checkpoint in outputs/demo):
 
     python training/run_qgsa.py
 
-SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration in place of training,
-evaluated beside the dense model, the controls and the attention as it comes:
+SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration instead of training:
 
     python training/run_qgsa.py --preset vqa_rad_256m
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
