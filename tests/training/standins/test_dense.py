@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from standins import arguments
 
 from training.cli.groups import StandInArguments
 from training.standins.dense import WordTrainer, exact_match_by_family, parse_stages, train_dense
@@ -32,21 +32,6 @@ def test_a_stage_below_one_batch_is_refused():
 
 
 # Words
-
-
-def arguments(tmp_path, **changes):
-    return TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=50,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        **{"save_strategy": "no", "logging_steps": 1, **changes},
-    )
 
 
 def test_words_stand_where_visual_tokens_would(make_dense, processor, tmp_path, monkeypatch):

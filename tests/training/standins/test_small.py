@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from standins import arguments
 
 from training.cli.groups import StandInArguments
 from training.data.cards import FIGURES, TILES_NEEDED
@@ -27,21 +27,6 @@ def batch_of(canvas, split=True, size=2):
     dataset = Lessons("train", 100 * size, 0, [canvas], size, questions=3, shares=ALL_SHARES)
     first = next(index for index in range(0, len(dataset), size) if dataset[index].split == split)
     return [dataset[first + number] for number in range(size)]
-
-
-def arguments(tmp_path, **changes):
-    return TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=50,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        **{"save_strategy": "no", "logging_steps": 1, **changes},
-    )
 
 
 # Lessons
