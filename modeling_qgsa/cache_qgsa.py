@@ -112,14 +112,14 @@ class Past:
         positions = self.new_positions(shown, mask) if positions is None else positions
         return {**stock, "attention_mask": torch.cat([shown, mask], 1), "position_ids": positions}
 
-    def note(self, cache, prefill: Prefill, new: int):
-        """Note on `cache` (if it is not None) that `new` positions were spliced into it as `prefill` has it."""
+    def note(self, cache, prefill: Prefill):
+        """Note on `cache` (if it is not None) what a `prefill` spliced into it."""
         if cache is None:
             return
-        kept, positions = prefill.keep_indices, prefill.text_inputs["position_ids"]
+        kept, positions = prefill.held, prefill.text_inputs["position_ids"]
         kept = torch.where(kept < 0, -1, kept + self.seen)
         held = torch.cat([self.position_of_slot.to(kept.device).expand(len(kept), -1), kept], 1)
-        setattr(cache, NOTE, (held, self.seen + new, positions[:, -1:] + 1))
+        setattr(cache, NOTE, (held, self.seen + prefill.length, positions[:, -1:] + 1))
 
 
 # The whole conversation, with all of its images, to the part that is new

@@ -1,5 +1,6 @@
 """Differences between transformers 4.57 and 5. Everything else in this folder is written for 5."""
 
+import copy
 import types
 from dataclasses import Field, make_dataclass
 from inspect import signature
@@ -96,24 +97,37 @@ def advance_positions(model_kwargs: dict, given: Any) -> dict:
     return model_kwargs | {"position_ids": torch.cat([given, given[:, -1:] + 1], dim=1)} if repeated else model_kwargs
 
 
-def causal_mask(text_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor):
-    """The mask that the layers of `text_model` expect for a prefill, in the format of its attention implementation.
+def causal_mask(
+    text_model,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache=None,
+    layer: int = 0,
+):
+    """The mask that the layers of `text_model` expect, in the format of its attention implementation.
 
     Args:
         inputs_embeds: `(B, L, D)`.
-        attention_mask: `(B, L)`, 1 for tokens and 0 for padding.
+        attention_mask: `(B, slots + L)`, 1 for tokens and 0 for padding.
         position_ids: `(B, L)` int64.
+        cache: what precedes; None for a prefill without a cache.
+        layer: the layer whose slots of the cache count, if layers differ in length.
     """
+    if cache is not None and layer:
+        layers, cache = cache.layers[layer:], copy.copy(cache)
+        cache.layers = layers
     arguments = {
         "config": text_model.config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": None,
+        "past_key_values": cache,
         "position_ids": position_ids,
     }
     if TRANSFORMERS_V4:
         arguments["input_embeds"] = arguments.pop("inputs_embeds")
-        arguments["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        slots = attention_mask.shape[1] - inputs_embeds.shape[1]
+        arguments["cache_position"] = torch.arange(slots, attention_mask.shape[1], device=inputs_embeds.device)
     return create_causal_mask(**arguments)
 
 

@@ -80,6 +80,12 @@ class Budget:
             if low > high:
                 raise ValueError(f"min_{name} ({low}) must not exceed max_{name} ({high})")
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the same for every question."""
+        same_tiles = self.selection == "after_encoder" or self.min_tiles == self.max_tiles
+        return self.min_visual_tokens == self.max_visual_tokens and same_tiles
+
     def resolve(
         self, complexity: torch.Tensor, asked: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

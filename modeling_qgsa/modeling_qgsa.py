@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, SmolVLMForConditionalGeneration, SmolVLMModel
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -28,9 +29,10 @@ from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
+from .interaction_qgsa import Pruning, pruned_cache, run_pruned
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
-from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, pointer_zero
+from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, point_nowhere, pointer_zero
 from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .readout_qgsa import read_out
@@ -74,9 +76,13 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         prompt, layout, question_mask = request.prompt, request.layout, request.question_mask
         assert prompt is not None and layout is not None and question_mask is not None
         glance = encode_tiles(self, request.visual, layout, layout.is_global)
-        question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
-        pointer = make_pointer(self, request.pointer, request)
-        pointing = pointer.point(question, question_mask | ~question_mask.any(1, keepdim=True), glance)
+        pointer, pointing = None, point_nowhere(glance)
+        if request.points:
+            question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
+            pointer = make_pointer(self, request.pointer, request)
+            pointing = pointer.point(question, question_mask | ~question_mask.any(1, keepdim=True), glance)
+        if request.complexity is not None:
+            pointing = pointing._replace(complexity=request.complexity)
         if not self.training and not pointing.relevance.isfinite().all():  # in training the loss scaler skips the step
             raise ValueError("relevance holds NaN or infinite values: check the weights and the glance features")
         return Glance(pointer, layout, glance, question_mask, *pointing)
@@ -118,6 +124,8 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
     def prefill(self, request: Request, relaxation: Relaxation | None = None) -> Prefill:
         """Steps 2 to 6: the prompt of `request` with the k best visual tokens of each image.
 
+        With `prune_layer`, the first layers of the text model see all tokens that were looked at, the others the best.
+
         With a `relaxation`, in training, budgets are random and all tokens that are looked at stay, each with a gate
         on its attention key; the reported selection is the hard one that the same scores give, and the features are
         those of every tile, for the teachers.
@@ -147,12 +155,18 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if relaxation is not None:
             stays, gates = looked, relaxation.log_gates(token_scores, looked, layout, k)
             spliced.append((gates.to(embeds.dtype), 0.0))
-        keep = positions_to_keep(prompt.attention_mask, layout, stays, self.config.keep_tile_markers)
-        (embeds, mask, positions, *log_gates), keep_indices = splice(keep, *spliced)
+        keep_of = partial(positions_to_keep, prompt.attention_mask, layout, markers_stay=self.config.keep_tile_markers)
+        stay, pruning = keep_of(stays), None
+        first = keep_of(looked) if request.prune_layer else stay
+        (embeds, mask, positions, *log_gates), held = splice(first, *spliced)
+        if request.prune_layer:
+            (columns,), _ = splice(first, (stay, False))
+            pruning = Pruning(request.prune_layer, columns)
         mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
         mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        return Prefill(text_inputs, describe_selection(glance, kept, tiles, keep_indices), glance, features)
+        selection = describe_selection(glance, kept, tiles, splice(stay)[1])
+        return Prefill(text_inputs, selection, glance, features, stay.shape[1], held, pruning)
 
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
         """As SmolVLM's, but `config.tiles_per_step` tiles at a time and in the dtype of the text model."""
@@ -161,6 +175,19 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             return encode(pixel_values, pixel_attention_mask, **kwargs)
         step, dtype = self.config.tiles_per_step, self.text_model.dtype
         return encode_in_steps(encode, pixel_values, pixel_attention_mask, step, dtype)
+
+    def read(self, inputs: dict[str, Any], cache, pruning: Pruning | None, options: dict[str, Any]):
+        """Step 7 without the language head: the stock model, unless layers of the text model differ in what they see.
+
+        Args:
+            inputs: of the stock model; to prune them, those of a [`Prefill`].
+        """
+        if pruning is None and pruned_cache(cache) is None:
+            return super().forward(**inputs, past_key_values=cache, **options)
+        if inputs["inputs_embeds"] is None:
+            inputs = {**inputs, "inputs_embeds": self.get_input_embeddings()(inputs["input_ids"])}
+        hidden, cache = run_pruned(self.text_model, inputs, cache, pruning, options)
+        return SmolVLMBaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
     @can_return_tuple
     def forward(
@@ -172,6 +199,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         inputs_embeds=None,
         pixel_values=None,
         pixel_attention_mask=None,
+        pruning: Pruning | None = None,
         **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
@@ -181,16 +209,15 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if request.selects:
             relaxes = self.training and request.token_scores is None and request.pointer == "selector"
             prefill = self.prefill(request, Relaxation.of(request, self.config.keep_tile_markers) if relaxes else None)
-            outputs = super().forward(**prefill.text_inputs, past_key_values=past_key_values, **rest)
-            request.past.note(outputs.past_key_values, prefill, input_ids.shape[1])
-            outputs = QGSABaseModelOutputWithPast.of(outputs, prefill, input_ids.shape[1])
+            outputs = self.read(prefill.text_inputs, past_key_values, prefill.pruning, rest)
+            request.past.note(outputs.past_key_values, prefill)
+            outputs = QGSABaseModelOutputWithPast.of(outputs, prefill)
         else:
             stock = embed_dense(self, request.stock) if self.is_tuned and request.shows_images else request.stock
             if is_spliced(past_key_values):
                 past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
                 stock = past.continue_text(stock)
-            outputs = super().forward(**stock, past_key_values=past_key_values, **rest)
-            outputs = QGSABaseModelOutputWithPast(**outputs)
+            outputs = QGSABaseModelOutputWithPast(**self.read(stock, past_key_values, pruning, rest))
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
             zero = pointer_zero(make_pointer(self), outputs["last_hidden_state"], self.config)
             outputs["last_hidden_state"] = outputs["last_hidden_state"] + zero
@@ -250,6 +277,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         labels: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         visual_token_scores: torch.Tensor | None = None,
+        complexity: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
         mm_encoder_outputs=None,
         lazy_tiles=None,
@@ -258,6 +286,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         logits_to_keep: int | torch.Tensor = 0,
         selection: str | None = None,
         pointer: str | None = None,
+        prune_layer: int | None = None,
+        pruning: Pruning | None = None,
         **kwargs: Unpack[ForwardKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
@@ -270,7 +300,9 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             question_mask: `(B, L)` bool or int, the tokens of the question; by default the last closed turn that is
                 not the assistant's.
             visual_token_scores: `(B, N)` float, scores of all visual tokens in prompt order that replace the
-                selector's. The score of a tile is the highest of its tokens.
+                pointer's. The score of a tile is the highest of its tokens.
+            complexity: `(I,)` float, 0 to 1, the share of the budget that each image needs, in place of the pointer's
+                estimate.
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of
                 `pixel_values`; not for "dense".
             mm_encoder_outputs: the same as an output of `get_image_features`, `{"image": output}`, for every variant.
@@ -280,6 +312,9 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
                 other tiles are cut when they are looked at.
             visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
             gumbel_temperature: temperature of the relaxed selection; `config.gumbel_temperature` by default.
+            prune_layer: number of layers of the text model that see every visual token that was encoded; the others
+                see the kept ones (FastV, SGL). By default no layer does.
+            pruning: what `generate` hands on of this to its first step.
             selection, pointer, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
@@ -295,6 +330,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             labels=labels,
             question_mask=question_mask,
             visual_token_scores=visual_token_scores,
+            complexity=complexity,
             image_hidden_states=image_hidden_states,
             mm_encoder_outputs=mm_encoder_outputs,
             lazy_tiles=lazy_tiles,
@@ -302,6 +338,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             gumbel_temperature=gumbel_temperature,
             selection=selection,
             pointer=pointer,
+            prune_layer=prune_layer,
+            pruning=pruning,
             **kwargs,
         )
         shift_labels = kwargs.pop("shift_labels", None)
@@ -366,14 +404,31 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         if not request.selects and not past.length:
             return self._generate_dense(kwargs)
         check_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
-        prefill = self.model.prefill(request) if request.selects else None
-        text_inputs = prefill.text_inputs if prefill else past.continue_text(embed_dense(self.model, request.stock))
-        options |= continued_inputs(text_inputs, past.slots)
+        if request.selects:
+            return self.generate_from(self.model.prefill(request), ids, past, **options)
+        options |= continued_inputs(past.continue_text(embed_dense(self.model, request.stock)), past.slots)
         output = super().generate(ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
-            cache, output["selection"] = output.get("past_key_values"), prefill.selection if prefill else None
-        if prefill:
-            past.note(cache, prefill, request.stock["input_ids"].shape[1])
+            output["selection"] = None
+        return output
+
+    @torch.no_grad()
+    def generate_from(self, prefill: Prefill, input_ids: torch.Tensor, past: Past, **options):
+        """Step 7 of `generate` alone: what steps 2 to 6 made may serve other purposes, too.
+
+        Args:
+            prefill: a selection from a prompt.
+            input_ids: `(B, length)` int64, the whole conversation, with that prompt at its end.
+            past: the conversation behind `past_key_values`.
+            options: of `generate`, without inputs.
+        """
+        options |= continued_inputs(prefill.text_inputs, past.slots)
+        if prefill.pruning is not None:
+            options["pruning"] = prefill.pruning
+        output, cache = super().generate(input_ids, **options), options.get("past_key_values")  # type: ignore[misc]
+        if isinstance(output, ModelOutput):
+            cache, output["selection"] = output.get("past_key_values"), prefill.selection
+        past.note(cache, prefill)
         return output
 
     def _generate_dense(self, options: dict[str, Any]):
@@ -395,6 +450,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("position_ids")
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        updated.pop("pruning", None)
         return advance_positions(updated, given)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 
+from .interaction_qgsa import Pruning
 from .pointer_qgsa import Glance
 from .readout_qgsa import columns_of_positions, take_columns
 from .selection_qgsa import QGSASelection
@@ -23,9 +24,10 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
     glance: Glance | None = None
 
     @classmethod
-    def of(cls, outputs, prefill: "Prefill", length: int) -> "QGSABaseModelOutputWithPast":
-        """The `outputs` of SmolVLM for a `prefill` of a prompt of `length` positions."""
-        columns = columns_of_positions(prefill.keep_indices, length)
+    def of(cls, outputs, prefill: "Prefill") -> "QGSABaseModelOutputWithPast":
+        """The `outputs` of SmolVLM for a `prefill`."""
+        assert prefill.selection.keep_indices is not None
+        columns = columns_of_positions(prefill.selection.keep_indices, prefill.length)
         made = {
             "last_hidden_state": take_columns(outputs.last_hidden_state, columns),
             "image_hidden_states": prefill.features,
@@ -67,9 +69,6 @@ class Prefill:
     selection: QGSASelection
     glance: Glance
     features: torch.Tensor  # (n, P, D) of the encoded tiles
-
-    @property
-    def keep_indices(self) -> torch.Tensor:
-        """Kept positions of the prompt, `(B, L')` int64, -1 in the padding on the left."""
-        assert self.selection.keep_indices is not None
-        return self.selection.keep_indices
+    length: int  # L, the number of positions of the prompt
+    held: torch.Tensor  # (B, L') int64, those that reach the text model, -1 in the padding on the left
+    pruning: Pruning | None  # of the layers that see fewer of them than the first ones

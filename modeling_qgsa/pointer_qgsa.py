@@ -189,6 +189,13 @@ def make_pointer(model, kind: str = "selector", request=None) -> Pointer:
     return AttentionPointer(model.text_model, config, *read)
 
 
+def point_nowhere(glance: torch.Tensor) -> Pointing:
+    """In place of a pointer that is not needed: all cells of `glance` `(I, C, D)` are alike, and complexity is 1."""
+    images, cells, _ = glance.shape
+    relevance = glance.new_full((images, cells), -math.log(cells))
+    return Pointing(relevance, relevance[:, :0], relevance.new_ones(images), relevance[:, :0])
+
+
 def shares(weights: torch.Tensor) -> torch.Tensor:
     """Divide by the sum over the last dimension; 0 stays 0."""
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
@@ -265,7 +272,7 @@ def pointer_zero(pointer: Pointer, hidden: torch.Tensor, config: QGSAConfig) -> 
 class Glance:
     """A batch before any tile is encoded: the pointer, the layout, the global views, and the [`Pointing`]."""
 
-    pointer: Pointer
+    pointer: Pointer | None  # None if scores are given, and it is not needed
     layout: VisualLayout
     features: torch.Tensor  # (I, P, D), features of the global views
     question_mask: torch.Tensor  # (I, L) bool, the words that the pointer read
@@ -299,6 +306,7 @@ class PointedScores:
         glance, layout = self.glance, self.glance.layout
         image = layout.tile_image[tiles]
         places = glance.relevance[image].gather(1, token_cells(layout)[tiles])
+        assert glance.pointer is not None
         return places + glance.pointer.match(glance.question_state[image], features, layout.is_global[tiles])
 
 

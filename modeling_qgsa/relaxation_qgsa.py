@@ -31,7 +31,15 @@ class Relaxation:
 
     @classmethod
     def of(cls, request: Request, markers_stay: bool) -> "Relaxation":
-        """The relaxation of a `request`. Raises ValueError if it goes on with a conversation behind a cache."""
+        """The relaxation of a `request`.
+
+        Raises ValueError if it goes on with a conversation behind a cache, or prunes between layers.
+        """
+        if request.prune_layer is not None:
+            raise ValueError(
+                f"prune_layer ({request.prune_layer}): the relaxed selection of training gates all layers alike; give "
+                "visual_token_scores, or call model.eval()"
+            )
         if request.shown is not None:
             raise ValueError(
                 f"past_key_values holds {request.shown.shape[1]} positions, but the relaxed selection of training "

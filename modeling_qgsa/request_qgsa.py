@@ -11,6 +11,7 @@ from transformers.utils import TransformersKwargs
 from .cache_qgsa import Past
 from .compat_qgsa import encoded_images, tile_features
 from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer
+from .interaction_qgsa import check_prune_layer
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
 
@@ -21,12 +22,14 @@ class BaseModelKwargs(LimitKwargs, total=False):
     labels: torch.Tensor | None
     question_mask: torch.Tensor | None
     visual_token_scores: torch.Tensor | None
+    complexity: torch.Tensor | None
     image_hidden_states: torch.Tensor | None
     mm_encoder_outputs: Any
     lazy_tiles: Any
     visual_cache: Any
     gumbel_temperature: float | None
     pointer: str | None
+    prune_layer: int | None
     selection: str | None
 
 
@@ -182,6 +185,15 @@ def _check_class(name: str, given: Any, expected: str):
         raise TypeError(f"{name} ({names[0]}) must be a {expected}")
 
 
+def check_complexity(complexity: torch.Tensor | None, images: int):
+    """Raise ValueError unless `complexity` is None, or holds a number in 0 .. 1 for each image."""
+    if complexity is None:
+        return
+    check_shape("complexity", complexity, (images,), floating=True)
+    if not ((complexity >= 0) & (complexity <= 1)).all():
+        raise ValueError(f"complexity ranges from {complexity.min()} to {complexity.max()}: it must be in 0 .. 1")
+
+
 @dataclass(frozen=True)
 class Request:
     """The inputs of one call.
@@ -191,7 +203,9 @@ class Request:
         pointer: the configured pointer, or that of this call.
         stock: inputs that the stock model takes, as given.
         visual: visual inputs.
-        token_scores: `(B, N)`, scores of all visual tokens that replace the selector's.
+        token_scores: `(B, N)`, scores of all visual tokens that replace the pointer's.
+        complexity: `(I,)`, how much of the budget each image needs, in place of the pointer's estimate.
+        prune_layer: the number of layers of the text model that see all that was looked at; None for 0.
         gumbel_temperature: temperature of the relaxed selection in training.
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
@@ -206,6 +220,8 @@ class Request:
     stock: dict[str, Any]
     visual: VisualInputs
     token_scores: torch.Tensor | None
+    complexity: torch.Tensor | None
+    prune_layer: int | None
     gumbel_temperature: float
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
@@ -229,6 +245,7 @@ class Request:
         outputs = given["mm_encoder_outputs"]
         encoded = {} if outputs is None or not len(outputs) else {"mm_encoder_outputs": outputs}  # {}: from `generate`
         budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})
+        check_prune_layer(given["prune_layer"], config.text_config.num_hidden_layers)
         visual = VisualInputs(
             given["pixel_values"],
             given["pixel_attention_mask"],
@@ -238,6 +255,8 @@ class Request:
         )
         if budget.selection == "dense":
             visual.check_dense()
+            if given["prune_layer"] is not None:
+                raise ValueError(f'prune_layer ({given["prune_layer"]}): not available with selection="dense"')
         elif encoded:
             visual = visual.with_encoded(**encoded, tokens_per_tile=config.tokens_per_tile)
         temperature = given["gumbel_temperature"]
@@ -247,6 +266,8 @@ class Request:
             stock={name: given[name] for name in STOCK_NAMES} | encoded,
             visual=visual,
             token_scores=given["visual_token_scores"],
+            complexity=given["complexity"],
+            prune_layer=given["prune_layer"],
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
         if budget.selection == "dense" or visual.missing:
@@ -266,6 +287,7 @@ class Request:
         prompt.check(config.text_config.vocab_size)
         layout = VisualLayout.of(config, prompt.input_ids)
         visual.check(layout, config.vision_config.image_size)
+        check_complexity(given["complexity"], len(layout.grids))
         question, answer = read_question(config, prompt, layout, given["question_mask"])
         return replace(
             request,
@@ -281,6 +303,12 @@ class Request:
     def selects(self) -> bool:
         """Whether there is something to select: otherwise the stock model takes the inputs as they are."""
         return self.prompt is not None
+
+    @property
+    def points(self) -> bool:
+        """Whether the pointer is needed: not if scores are given, and how much of the budget they may use is known."""
+        known = self.complexity is not None or self.budget.is_fixed
+        return self.token_scores is None or not known
 
     @property
     def shows_images(self) -> bool:

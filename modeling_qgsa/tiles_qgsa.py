@@ -81,6 +81,12 @@ class LazyTiles:
         rest.tiles = [tiles[count:] for tiles in self.tiles]
         return rest
 
+    def of_samples(self, samples: list[int]) -> "LazyTiles":
+        """The tiles of some samples."""
+        some = copy.copy(self)
+        some.tiles = [self.tiles[sample] for sample in samples]
+        return some
+
     def cut(self, samples: list[int], ordinals: list[int]) -> torch.Tensor:
         """Pixels of the tiles at `ordinals` within `samples`, `(n, 3, tile, tile)` float32."""
         views = [image.cut(number) for image, number in (self.tiles[s][o] for s, o in zip(samples, ordinals))]

@@ -80,6 +80,7 @@ def test_a_file_of_the_model_imports_only_files_above_it(name):
         "hashlib",
         "inspect",
         "itertools",
+        "json",
         "math",
         "numbers",
         "os",

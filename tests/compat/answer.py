@@ -85,6 +85,20 @@ def chat_of(model, processor, inputs) -> list:
     return [second.tolist(), outputs.logits[:, -1].argmax(-1).tolist()]
 
 
+def pruned_between_layers(model, inputs) -> list:
+    """Ids of two turns on one cache whose later layers hold 8 visual tokens, greedy and by beams."""
+    options = {"selection": "after_encoder", "min_visual_tokens": 8, "max_visual_tokens": 8, "prune_layer": 2}
+    options |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cache = DynamicCache()
+    first = model.generate(**inputs, **options, past_key_values=cache)
+    ids = torch.cat([first, first[:, -6:]], 1)
+    new = ids.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(len(ids), new)], 1)
+    text = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    second = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **text)
+    return [second.tolist(), model.generate(**inputs, **options, num_beams=2).tolist()]
+
+
 def load_former(former: str, inputs) -> dict:
     """What becomes of weights that have their former names, loaded, saved and loaded again."""
     found = {"missing": [], "logits": []}
@@ -119,6 +133,7 @@ def main(folder: str, former: str, image: str, output: str):
         "chat": chat_of(model, processor, single),
         "batched chat": chat_of(model, processor, batch),
         "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),
+        "pruned": pruned_between_layers(model, batch),
         "dense": positions_of(model, single, selection="dense"),
         "answers": processor.batch_decode(
             model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

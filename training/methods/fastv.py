@@ -1,6 +1,7 @@
 """FastV (Chen et al. 2024): the visual tokens that the last position attends to in an early layer of the text model.
 
-Deviation: FastV prunes behind its second layer. Here the first layers run once more over the kept tokens.
+All tokens are seen up to that layer, and the kept ones from there on. Deviation: the first layers run twice, once for
+the attention.
 """
 
 from itertools import islice
@@ -12,7 +13,7 @@ from modeling_qgsa.prompt_qgsa import Prompt
 from training.methods.method import Method, MethodInputs
 
 
-LAYER = 2  # the layer whose attention is read, counted from 1
+LAYER = 2  # the number of layers that see all tokens; the attention of the last of them is read
 
 
 def fastv(given: MethodInputs) -> torch.Tensor:
@@ -26,4 +27,4 @@ def fastv(given: MethodInputs) -> torch.Tensor:
     return weights[layout.tile_sample[:, None], layout.token_positions]
 
 
-FASTV = Method("fastv", fastv, paper="Chen et al. 2024, arXiv 2403.06764")
+FASTV = Method("fastv", fastv, paper="Chen et al. 2024, arXiv 2403.06764", prune_layer=LAYER)

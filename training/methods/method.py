@@ -8,6 +8,7 @@ the text model, n the visual tokens of one image. Tiles, images and tokens are i
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -103,27 +104,31 @@ class Method:
         selection: "after_encoder" for a method that needs every tile encoded; "before_encoder" for a control, whose
             scores need no features and choose the tiles too (a tile's score is the highest of its tokens).
         paper: where the method is published.
+        prune_layer: the number of layers of the text model that see every token; None for 0.
     """
 
     name: str
     score: Callable[[MethodInputs], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     selection: str = "after_encoder"
     paper: str = ""
+    prune_layer: int | None = None
 
     @torch.no_grad()
     def options(
         self, model, inputs: dict, layout: VisualLayout, k: int | Budget, generator: torch.Generator | None = None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Options of `generate` that make it keep this method's tokens; arguments as in [`MethodInputs`].
 
         They take precedence over `inputs` of the same name.
 
         Returns `visual_token_scores` `(B, N)` float32, where N is the largest number of visual tokens in a sample and
-        0 pads shorter rows; for "after_encoder" also `image_hidden_states` `(T, P, D)`.
+        0 pads shorter rows; for "after_encoder" also `image_hidden_states` `(T, P, D)`; `prune_layer` if it has one.
         """
         given = MethodInputs(model, inputs, layout, k, generator)
         scores, options = self.score(given), {}
         if self.selection == "after_encoder":
             features, scores = scores if isinstance(scores, tuple) else (given.features, scores)
             options["image_hidden_states"] = features
+        if self.prune_layer is not None:
+            options["prune_layer"] = self.prune_layer
         return options | {"visual_token_scores": to_samples(scores.float(), layout)}

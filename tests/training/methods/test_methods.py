@@ -45,7 +45,8 @@ def test_a_method_keeps_its_k_tokens(name, model, batch):
     options = options_of(name, model, batch, 9)
     scores = options["visual_token_scores"]
     assert scores.shape == (3, 17 * 16) and scores.dtype == torch.float32
-    assert set(options) - {"visual_token_scores"} == ({"image_hidden_states"} if name in AFTER_ENCODER else set())
+    expected = {"image_hidden_states": name in AFTER_ENCODER, "prune_layer": METHODS[name].prune_layer is not None}
+    assert set(options) - {"visual_token_scores"} == {key for key, given in expected.items() if given}
     selection = model.select(**batch, **fixed(name, 9), min_tiles=2, max_tiles=2, visual_token_scores=scores)
     assert selection.visual_tokens.tolist() == [9, 9, 9]
     assert selection.tiles.tolist() == ([16, 4, 8] if name in AFTER_ENCODER else [2, 2, 2])
@@ -90,6 +91,7 @@ def test_given_features_make_no_difference(name, model, batch):
     alone, given = (
         options_of(name, model, inputs, 9) for inputs in (batch, {**batch, "image_hidden_states": features})
     )
+    assert alone.pop("prune_layer", None) == given.pop("prune_layer", None)
     assert all(torch.allclose(alone[key], given[key], atol=1e-6) for key in alone)
 
 
@@ -187,8 +189,9 @@ def test_fastv_reads_the_attention_of_the_second_layer(make_model, make_dense, s
     with torch.no_grad():
         attentions = model(**single, selection="dense", output_attentions=True).attentions
     expected = attentions[1].mean(1)[0, -1, layout.token_positions].flatten()
-    scores = options_of("fastv", model, single, 9)["visual_token_scores"]
-    assert torch.allclose(scores[0], expected, atol=1e-5)
+    options = options_of("fastv", model, single, 9)
+    assert torch.allclose(options["visual_token_scores"][0], expected, atol=1e-5)
+    assert options["prune_layer"] == 2  # behind it, as published
 
 
 def test_visionzip_reads_the_attention_of_the_last_but_one_layer(make_model, make_dense, single):
