@@ -4,6 +4,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_qgsa import QGSAConfig, __version__
+from .guidance_qgsa import GuidedVLM
 from .modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
 from .processing_qgsa import QGSAProcessor
 from .selection_qgsa import QGSASelection
@@ -23,6 +24,7 @@ AutoProcessor.register(QGSAConfig, QGSAProcessor)
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "GuidedVLM",
     "QGSAConfig",
     "QGSAProcessor",
     "QGSASelection",
