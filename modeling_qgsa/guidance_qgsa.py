@@ -28,6 +28,9 @@ from .layout_qgsa import VisualLayout
 from .modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from .processing_qgsa import QGSAProcessor
 from .prompt_qgsa import tokenizer_of
+from .request_qgsa import VisualInputs
+from .selection_qgsa import QGSASelection
+from .vision_qgsa import VisualCache, recorded_states, remember_tiles, shares_encoder
 
 
 logger = logging.get_logger(__name__)
@@ -56,6 +59,8 @@ class GuidedOutput(ModelOutput):
         visual_tokens, tiles (`(B,)` int64): visual tokens that the target kept, and high-resolution tiles that it
             encoded; 0 where the guide answered.
         guide_tiles (`(B,)` int64): high-resolution tiles that the guide encoded.
+        selection ([`QGSASelection`]): the target's, of the samples that it answered, in their order; None if there are
+            none.
     """
 
     sequences: torch.Tensor | None = None
@@ -65,6 +70,7 @@ class GuidedOutput(ModelOutput):
     visual_tokens: torch.Tensor | None = None
     tiles: torch.Tensor | None = None
     guide_tiles: torch.Tensor | None = None
+    selection: QGSASelection | None = None
 
 
 def take_samples(inputs: dict[str, Any], rows: torch.Tensor, layout: VisualLayout) -> dict[str, Any]:
@@ -104,9 +110,24 @@ class GuidedVLM:
         self.guidance = Guidance(**guidance)
         self.guidance.check(target.config.text_config.num_hidden_layers)
         check_tokenizers(*self.processors)
+        self.shares_encoder = self.shares_grid and shares_encoder(guide.model, target.model)
         small, large = (sum(weight.numel() for weight in model.parameters()) for model in (guide, target))
         if small > large:
             logger.warning(f"guide ({small:,} parameters) is larger than its target ({large:,}): it costs more")
+
+    @property
+    def config(self):
+        """Configuration of the target, by whose inputs the pair is asked."""
+        return self.target.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the target."""
+        return self.target.device
+
+    def eval(self) -> "GuidedVLM":
+        """Itself: neither model is trained here."""
+        return self
 
     @property
     def shares_grid(self) -> bool:
@@ -151,23 +172,32 @@ class GuidedVLM:
         exits = has_image & (sure >= threshold) if threshold is not None else has_image & False
         found = [each[shown] for each, shown in zip(reading.answer.ids, reading.answer.shown)]
         kept = torch.zeros(2, samples, dtype=torch.long, device=device)
-        rest = (~exits).nonzero()[:, 0]
+        rest, selection = (~exits).nonzero()[:, 0], None
         if len(rest):
             output = self._ask_target(reading, inputs, rest)
             length = inputs["input_ids"].shape[1]
             for row, sequence in zip(rest.tolist(), output.sequences):
                 found[row] = sequence[length:]
-            if output.get("selection") is not None:
-                kept[:, rest] = torch.stack([output.selection.visual_tokens, output.selection.tiles])
+            selection = output.get("selection")
+            if selection is not None:
+                kept[:, rest] = torch.stack([selection.visual_tokens, selection.tiles])
+        elif inputs.get("streamer") is not None:
+            for part in (inputs["input_ids"], found[0]):
+                inputs["streamer"].put(part.cpu())
+            inputs["streamer"].end()
         pad = self.target.generation_config.pad_token_id or 0
         answers = pad_sequence(found, batch_first=True, padding_value=pad)
         tiles = (reading.seen & ~reading.layout.is_global).long()
         tiles = torch.zeros_like(kept[0]).index_add(0, reading.layout.tile_sample, tiles)
         sequences = torch.cat([inputs["input_ids"], answers], 1)
-        return GuidedOutput(sequences, exits, reading.answer.confidence, reading.consistency, kept[0], kept[1], tiles)
+        sure, consistent = reading.answer.confidence, reading.consistency
+        return GuidedOutput(sequences, exits, sure, consistent, kept[0], kept[1], tiles, selection)
 
     def _ask_guide(self, guide_inputs: dict[str, Any] | None, inputs: dict[str, Any]) -> GuideReading | None:
-        """What the guide makes of its inputs; None if there are no images."""
+        """What the guide makes of its inputs; None if there are no images.
+
+        If both models have the same encoder, what it encoded goes into `inputs["visual_cache"]`, for the target.
+        """
         if guide_inputs is None:
             if not self.shares_grid:
                 raise ValueError(
@@ -184,13 +214,20 @@ class GuidedVLM:
         if not all(images):
             raise ValueError(f"images are given to the {'guide' if images[0] else 'target'} only: give them to both")
         options = {name: value for name, value in inputs.items() if name in LENGTHS}
-        reading = ask_guide(self.guide, {**options, **guide_inputs}, self.guidance)
+        with recorded_states(self.guide.model) as states:
+            reading = ask_guide(self.guide, {**options, **guide_inputs}, self.guidance)
         layout = VisualLayout.of(self.target.config, inputs["input_ids"])
         if not torch.equal(reading.layout.image_sample, layout.image_sample):
             raise ValueError(
                 f"guide_inputs holds {len(reading.layout.grids)} images, the target has {len(layout.grids)}, "
                 "or they belong to other samples"
             )
+        if self.shares_encoder and inputs.get("image_hidden_states") is None:
+            if inputs.get("visual_cache") is None:
+                inputs["visual_cache"] = VisualCache()
+            names = ("pixel_values", "pixel_attention_mask", "lazy_tiles")
+            visual = VisualInputs(**{name: inputs.get(name) for name in names}, cache=inputs["visual_cache"])
+            remember_tiles(self.target.model, visual, layout, reading.seen, states)
         return reading
 
     def _ask_target(self, reading: GuideReading, inputs: dict[str, Any], rows: torch.Tensor):

@@ -2,7 +2,8 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -141,15 +142,7 @@ def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: t
     """As `encode_tiles`, one tile at a time; tiles in `visual.cache` are skipped, all others are added to it."""
     if model.training:
         raise ValueError("visual_cache is for inference, but the model is in training mode: call model.eval()")
-    weights = [*model.vision_model.parameters(), *model.connector.parameters()]
-    versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
-    parts = [*model.vision_model.modules(), *model.connector.modules()]
-    # Adapters are switched on and off by attributes of their modules, with all weights left in place.
-    switches = tuple(
-        str(value) for part in parts for value in vars(part).values() if isinstance(value, bool | str | list)
-    )
-    encoder = (weakref.ref(model.vision_model), hash((versions, switches)))
-    features = []
+    encoder, features = encoder_key(model), []
     for tile in tiles.nonzero()[:, 0].tolist():
         key = (encoder, visual.key(layout, tile))
         found = visual.cache.get(key)
@@ -159,6 +152,59 @@ def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: t
             visual.cache.put(key, found)
         features.append(found.to(layout.tile_start.device))
     return torch.stack(features)
+
+
+def encoder_key(model) -> tuple:
+    """Identity of the present weights and adapters of encoder and connector of a [`QGSASmolVLMModel`]."""
+    weights = [*model.vision_model.parameters(), *model.connector.parameters()]
+    versions = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+    parts = [*model.vision_model.modules(), *model.connector.modules()]
+    # Adapters are switched on and off by attributes of their modules, with all weights left in place.
+    switches = tuple(
+        str(value) for part in parts for value in vars(part).values() if isinstance(value, bool | str | list)
+    )
+    return weakref.ref(model.vision_model), hash((versions, switches))
+
+
+# One encoder, two models
+
+
+def shares_encoder(one, other) -> bool:
+    """Whether the encoders of two [`QGSASmolVLMModel`]s, without their connectors, hold the same weights."""
+    states = [model.vision_model.state_dict() for model in (one, other)]
+    return states[0].keys() == states[1].keys() and all(
+        weight.shape == states[1][name].shape and torch.equal(weight.cpu(), states[1][name].cpu())
+        for name, weight in states[0].items()
+    )
+
+
+@contextmanager
+def recorded_states(model) -> Iterator[list[torch.Tensor]]:
+    """Collect what the encoder of `model` hands to its connector: one `(n, patches, width)` per call."""
+    states: list[torch.Tensor] = []
+    hook = model.connector.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def remember_tiles(model, visual: VisualInputs, layout: VisualLayout, seen: torch.Tensor, states: list[torch.Tensor]):
+    """Put the features of the tiles that another model with the same encoder has seen into `visual.cache`.
+
+    Args:
+        seen: `(T,)` bool.
+        states: of all of these tiles, those of the global views first, see `recorded_states`; others are left alone.
+    """
+    order = torch.cat([layout.is_global.nonzero()[:, 0], (seen & ~layout.is_global).nonzero()[:, 0]])
+    if not states or sum(map(len, states)) != len(order):
+        return
+    weight = next(model.connector.parameters())
+    encoder = encoder_key(model)
+    for tile, state in zip(order.tolist(), (one for part in states for one in part)):
+        features = model.connector(state[None].to(weight.device, weight.dtype)).to(model.text_model.dtype)
+        visual.cache.put((encoder, visual.key(layout, tile)), features.view(layout.tokens_per_tile, -1))
 
 
 # Blocks of tiles

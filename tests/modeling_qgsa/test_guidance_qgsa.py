@@ -313,6 +313,59 @@ def test_other_grids_need_inputs_of_their_own(make_dense, make_model, target, pr
             pair.generate(**{name: value for name, value in inputs.items() if name != "guide_inputs"})
 
 
+@pytest.fixture(scope="module")
+def siblings(make_dense, make_model):
+    """A guide and a target that share their encoder, but not their connectors, as 256M and 500M do."""
+    dense, other = make_dense(), make_dense()
+    with torch.no_grad():
+        other.model.connector.modality_projection.proj.weight.normal_()
+    return [make_model(each, pointer="attention", keep_tile_markers=True) for each in (dense, other)]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("view, again", [("dense", 0), ("selection", None), ("glance", 2)])
+def test_what_the_guide_encoded_is_not_encoded_again(
+    siblings, processor, prepare, samples, tiles_encoded, view, again, lazy
+):
+    guide, target = siblings
+    inputs = prepare(samples[0], lazy_tiles=lazy)
+    pair = GuidedVLM(guide, target, processor, view=view, max_tiles=2)
+    assert pair.shares_encoder
+    with tiles_encoded(guide) as first, tiles_encoded(target) as second:
+        output = pair.generate(**inputs, **TOKENS)
+    assert sum(first) == int(output.guide_tiles) + 1 and output.tiles.tolist() == [2]
+    assert sum(second) == again if again is not None else sum(second) <= 2
+    pair.shares_encoder = False
+    alone = pair.generate(**inputs, **TOKENS)
+    assert torch.equal(output.sequences, alone.sequences)
+
+
+def test_towers_are_compared_by_their_weights(siblings, guide, target, processor):
+    other = copy.deepcopy(siblings[1])
+    with torch.no_grad():
+        next(other.model.vision_model.parameters()).flatten()[0] += 1
+    assert not GuidedVLM(siblings[0], other, processor).shares_encoder
+    assert not GuidedVLM(guide, target, processor).shares_encoder
+
+
+def test_a_guide_that_answers_alone_streams_its_answer(pair_of, single):
+    pieces = []
+
+    class Streamer:
+        def put(self, value):
+            pieces.append(value.flatten().tolist())
+
+        def end(self):
+            pieces.append("end")
+
+    output = pair_of(exit_threshold=ALWAYS).generate(**single, **TOKENS, streamer=Streamer())
+    assert pieces == [single["input_ids"][0].tolist(), output.sequences[0, -4:].tolist(), "end"]
+    assert output.selection is None
+    pieces.clear()
+    output = pair_of().generate(**single, **TOKENS, streamer=Streamer())
+    assert sum(pieces[1:-1], []) == output.sequences[0, -4:].tolist() and output.selection is not None
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "temperature": 0.7}])
 def test_the_target_decodes_as_it_is_told(pair_of, batch, options):
     torch.manual_seed(0)

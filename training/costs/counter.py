@@ -3,6 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from modeling_qgsa import GuidedVLM
+
 
 def _cpu_attention(query, key, value, *args, **kwargs):
     return sdpa_flop_count(query, key, value)
@@ -14,6 +16,8 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cp
 
 def vision_modules(model) -> list[torch.nn.Module]:
     """Modules that make up vision: together they contain every matrix product of encoder and connector."""
+    if isinstance(model, GuidedVLM):
+        return vision_modules(model.guide) + vision_modules(model.target)
     vision = model.model.vision_model
     return [vision.embeddings.patch_embedding, vision.encoder, model.model.connector.modality_projection]
 
@@ -22,7 +26,7 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, wit
     """Count the FLOPs of one greedy `model.generate(**inputs, **options)`.
 
     Args:
-        model: a stock Idefics3 or SmolVLM model, or a QGSA model.
+        model: a stock Idefics3 or SmolVLM model, a QGSA model, or a pair of them.
         inputs: processor output, batch size B.
         max_new_tokens: number of tokens to generate.
         make_options: called without arguments; returns further options of `generate`. The FLOPs it spends on making
@@ -34,7 +38,7 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, wit
     Returns:
         FLOPs of the whole batch as `{"vision", "prefill", "decode", "total"}`. Vision is the encoder and the
         connector; prefill is everything else up to the first new token, including the selector; decode is the
-        remaining tokens.
+        remaining tokens. Of a pair, prefill holds all that the guide's text model does, and vision both encoders.
     """
     vision, tokens, unused = [], [], []
     # In eval mode torch runs whole transformer layers as one fused kernel, which the counter does not know.
@@ -54,7 +58,8 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, wit
         def after_unused(module, args, output):
             unused.append(counter.get_total_flops())
 
-        hooks = [model.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
+        answering = model.target if isinstance(model, GuidedVLM) else model
+        hooks = [answering.lm_head.register_forward_hook(lambda *_: tokens.append(counter.get_total_flops()))]
         for part in vision_modules(model):
             hooks += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
         for part in without:
@@ -65,5 +70,6 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, wit
             torch.backends.mha.set_fastpath_enabled(fused)
             for hook in hooks:
                 hook.remove()
-    total, first = counter.get_total_flops() - sum(unused), tokens[0] - sum(unused)
+    total = counter.get_total_flops() - sum(unused)
+    first = tokens[0] - sum(unused) if tokens else total  # the guide of a pair may answer alone
     return {"vision": sum(vision), "prefill": first - sum(vision), "decode": total - first, "total": total}

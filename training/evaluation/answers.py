@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.processing_qgsa import kept_maps
 from training.data.collator import QuestionCollator
@@ -28,6 +29,8 @@ class Answers:
         relevance: maps, `(rows, columns)` as lists, if the selector scored; [] otherwise.
         kept: regions of the image that were kept, boxes `[x0, y0, x1, y1]` as fractions of its width and height.
         seconds: time spent in the model.
+        sureness: how sure the guide of a pair was, 0 to 1; nan for other systems, or if it was not asked.
+        by_guide: whether the guide of a pair answered alone.
     """
 
     predictions: list[str] = field(default_factory=list)
@@ -36,6 +39,8 @@ class Answers:
     relevance: list[list] = field(default_factory=list)
     kept: list[list] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    sureness: list[float] = field(default_factory=list)
+    by_guide: list[bool] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: list["Answers"]) -> "Answers":
@@ -115,7 +120,16 @@ def ask(
     texts = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers.predictions += [text.strip() for text in texts]
     answers.seconds += [seconds] * len(samples)
-    if "selection" in output:
+    pair = isinstance(output, GuidedOutput)
+    answers.by_guide += output.answered_by_guide.tolist() if pair else [False] * len(samples)
+    sureness = (output.confidence + output.consistency) / 2 if pair else torch.full((len(samples),), float("nan"))
+    answers.sureness += sureness.tolist()
+    if pair:
+        answers.visual_tokens += output.visual_tokens.tolist()
+        answers.tiles += output.tiles.tolist()
+        answers.relevance += [[]] * len(samples)
+        answers.kept += [[[0.0, 0.0, 1.0, 1.0]]] * len(samples)
+    elif "selection" in output:
         answers.visual_tokens += output.selection.visual_tokens.tolist()
         answers.tiles += output.selection.tiles.tolist()
         answers.relevance += [[]] * len(samples) if system.method else output.selection.relevance.tolist()

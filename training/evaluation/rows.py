@@ -93,11 +93,18 @@ def evaluate_systems(
     `loyalty` of a system is how often it answers as dense does.
     """
     everything, samples = answer(systems, dataset, processor, batch_size, max_new_tokens, seed, share_features)
+    return compare(systems, everything, samples, grading)
+
+
+def compare(systems: list[System], everything: list[Answers], samples: list[dict], grading: str) -> list[dict]:
+    """Rows of `results.json` for the answers of some systems, see `evaluate_systems`."""
     grades, rows = grade_answers(grading, everything, samples), []
     for system, answers, own in zip(systems, everything, grades):
         row = make_row(system.name, answers, samples, own, grades[0])
         row["speedup_vs_dense"] = (rows[0] if rows else row)["seconds_median"] / row["seconds_median"]
         row["scores"] = get_dataset(grading).metric(answers.predictions, samples, answers.kept)
+        if any(answers.by_guide):
+            row["answered_by_guide"] = float(np.mean(answers.by_guide))
         row["loyalty"] = loyalty_metric(answers.predictions, everything[0].predictions, own, grades[0])
         rows.append(row)
     return rows
@@ -124,5 +131,7 @@ def add_flops(rows: list[dict], systems: list[System], dataset, processor, max_n
 
 def uncounted_modules(system: System) -> tuple:
     """Modules excluded from the FLOP count: they run but do not influence the selection."""
+    if system.method is None:
+        return ()
     inner = system.model.model
-    return (inner.selector, inner.complexity_estimator) if system.method else ()
+    return inner.selector, inner.complexity_estimator

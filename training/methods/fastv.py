@@ -16,14 +16,14 @@ from training.methods.method import Method, MethodInputs
 LAYER = 2  # the number of layers that see all tokens; the attention of the last of them is read
 
 
-def fastv(given: MethodInputs) -> torch.Tensor:
-    """Attention of the last position to every visual token, mean over heads: scores `(T, P)`."""
+def fastv(given: MethodInputs, layer: int = LAYER) -> torch.Tensor:
+    """Attention of the last position to every visual token in a `layer`, mean over heads: scores `(T, P)`."""
     inputs, layout, model = given.inputs, given.layout, given.model.model
     prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"])
     embeds = model.embed(prompt.input_ids, layout, given.features, torch.ones_like(layout.is_global))
     last = torch.full_like(prompt.input_ids[:, :1], embeds.shape[1] - 1)
     layers = attention_of_rows(model.text_model, embeds, prompt.attention_mask, prompt.position_ids, last)
-    weights = next(islice(layers, LAYER - 1, None)).mean(1)[:, 0]
+    weights = next(islice(layers, layer - 1, None)).mean(1)[:, 0]
     return weights[layout.tile_sample[:, None], layout.token_positions]
 
 
