@@ -1,14 +1,16 @@
 """Serve a QGSA-SmolVLM checkpoint to OpenAI clients.
 
     python hub_cards/serve.py --model outputs/demo
+    python hub_cards/serve.py --model outputs/demo --guide outputs/small_one
+    python hub_cards/serve.py --model outputs/guided/pair
 
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs/demo", messages=[...], extra_body={"qgsa": {"max_tiles": 2}})
 
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
-field, `qgsa`, with the number of visual tokens and tiles in use. The server measures at its start in which precision
-the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a checkpoint are run. The server has
-no authentication: expose it only behind a proxy that provides it.
+field, `qgsa`, with the number of visual tokens and tiles in use, and which of two models answered. The server measures
+at its start in which precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a
+checkpoint are run. The server has no authentication: expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.
@@ -23,6 +25,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import uvicorn
@@ -40,8 +43,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa import GuidedVLM, QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
 from training.cli.arguments import check_source, errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
@@ -59,6 +63,9 @@ class ServeArguments(Limits):
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
+    guide: str | None = field(
+        default=None, metadata={"help": "Small QGSA checkpoint that tells the model where to look."}
+    )
 
 
 def load(name: str, device: str = "cpu"):
@@ -73,6 +80,24 @@ def load(name: str, device: str = "cpu"):
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     processor = QGSAProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     return model.to(device).eval(), processor
+
+
+def load_served(run: ServeArguments):
+    """Load `(model, processor, pair)`: a checkpoint, or a saved pair; `pair` is None if there is no guide.
+
+    Raises ValueError as `load` does, and if a pair gets another guide.
+    """
+    if not (Path(run.model) / "guidance.json").is_file():
+        model, processor = load(run.model, run.device)
+        pair = None if run.guide is None else GuidedVLM(load(run.guide, run.device)[0], model, processor)
+        return model, processor, pair
+    if run.guide is not None:
+        raise ValueError(f"guide ({run.guide}): {run.model} is a pair and has one")
+    pair = GuidedVLM.from_pretrained(run.model, use_safetensors=True, trust_remote_code=False)
+    for model in (pair.guide, pair.target):
+        model.to(run.device)
+    pair.target.name_or_path = run.model
+    return pair.target, pair.processors[1], pair
 
 
 class StopWhen(StoppingCriteria):
@@ -118,10 +143,17 @@ class Answerer:
         model: the model, in evaluation mode.
         processor: the processor of the same checkpoint.
         limits: limits of a request.
+        pair: the model and its guide, if it has one.
     """
 
-    def __init__(self, model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcessor, limits: Limits):
-        self.model, self.processor, self.limits = model, processor, limits
+    def __init__(
+        self,
+        model: QGSASmolVLMForConditionalGeneration,
+        processor: QGSAProcessor,
+        limits: Limits,
+        pair: GuidedVLM | None = None,
+    ):
+        self.model, self.processor, self.limits, self.pair = model, processor, limits, pair
         self.name = model.name_or_path
         self.threads = ThreadPoolExecutor(limits.concurrency)
         self.places = threading.Semaphore(limits.concurrency + limits.max_waiting)
@@ -138,6 +170,9 @@ class Answerer:
             self.budget(chat)
         except ValueError as error:
             raise RequestError(f"qgsa: {error}", "qgsa") from error
+        given = chat.qgsa.model_dump(exclude_none=True)
+        if self.pair is not None and given:
+            raise RequestError(f"qgsa ({', '.join(given)}): the guide of this server decides what is seen", "qgsa")
         check_limits(chat, self.limits, self.markers, self.max_characters)
 
     def budget(self, chat: ChatRequest) -> Budget:
@@ -167,7 +202,7 @@ class Answerer:
             stop = StopWhen(self.processor.tokenizer, prompt_tokens, chat.stop, disconnected)
             if chat.seed is not None:
                 torch.manual_seed(chat.seed)
-            output = self.model.generate(
+            output = (self.model if self.pair is None else self.pair).generate(
                 **inputs,
                 **options,
                 streamer=streamer,
@@ -180,6 +215,7 @@ class Answerer:
             qgsa = None
             if images:
                 qgsa = self.describe(inputs["input_ids"], output.get("selection"))
+                qgsa |= {} if self.pair is None else self.describe_guide(qgsa, output)
                 qgsa["seconds"] = time.perf_counter() - started
             return Answer("stop" if ended else "length", prompt_tokens, len(new), qgsa)
         finally:
@@ -233,6 +269,14 @@ class Answerer:
             described["visual_tokens"] = [int(image.sum()) for image in kept]
             described["tiles"] = [int(image[:-1].sum()) for image in encoded]  # the last is the global view
         return described
+
+    @staticmethod
+    def describe_guide(qgsa: dict, output: GuidedOutput) -> dict:
+        """Which of two models answered, and how sure the guide was; the target saw nothing if the guide answered."""
+        assert output.answered_by_guide is not None and output.confidence is not None
+        alone, confidence = bool(output.answered_by_guide[0]), float(output.confidence[0])
+        described = {"answered_by": "guide" if alone else "target", "confidence": confidence}
+        return described | ({name: [0] * len(qgsa[name]) for name in ("visual_tokens", "tiles")} if alone else {})
 
 
 def end_of_answer(text: str, stops: list[str], complete: bool) -> int:
@@ -343,9 +387,11 @@ def error_response(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers)
 
 
-def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcessor, limits: Limits) -> FastAPI:
+def make_app(
+    model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcessor, limits: Limits, pair: GuidedVLM | None = None
+) -> FastAPI:
     """Server as an ASGI application; arguments as in `Answerer`."""
-    answerer, started = Answerer(model, processor, limits), int(time.time())
+    answerer, started = Answerer(model, processor, limits, pair), int(time.time())
     handled = (RequestError, HTTPException, ClientDisconnect, Exception)
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(handled, error_response))
 
@@ -368,8 +414,8 @@ def make_app(model: QGSASmolVLMForConditionalGeneration, processor: QGSAProcesso
 def main():
     with errors_in_one_line():
         run = parse_arguments(ServeArguments, __doc__)
-        model, processor = load(run.model, run.device)
-        app = make_app(model.tune(), processor, run)
+        model, processor, pair = load_served(run)
+        app = make_app(model.tune(), processor, run, pair)
     connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
     uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
 

@@ -20,11 +20,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from serve import Limits, ServeArguments, cut, load, make_app
+from serve import Limits, ServeArguments, cut, load, load_served, make_app
 from serve_images import fetch, is_public
 from serve_requests import RequestError
 from serving import serving
 
+from modeling_qgsa import GuidedVLM
 from training.data.cards import Cards
 
 
@@ -169,6 +170,46 @@ def test_budgets_of_a_request(budget, looked, ask, expect):
     response = ask([user(sample["question"], sample["image"])], extra_body={"qgsa": budget})
     assert (response.qgsa["visual_tokens"], response.qgsa["tiles"]) == looked
     assert text_of(response) == expect([turn("user", sample["question"], 1)], [sample["image"]], **budget)[0]
+
+
+@pytest.mark.parametrize("threshold, answered_by", [(-1.0, "guide"), (1.5, "target")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_pair_says_who_answered(checkpoint, expect, threshold, answered_by, stream):
+    model, processor = checkpoint
+    pair = GuidedVLM(model, model, processor, exit_threshold=threshold, max_tiles=2)
+    sample = CARDS[0]
+    expected = pair.generate(**pair.prepare(**prompt_of(processor, sample)), max_new_tokens=20).sequences[0]
+    with serving(make_app(model, processor, Limits(), pair)) as url:
+        options = {"model": NAME, "messages": [user(sample["question"], sample["image"])], "stream": stream}
+        response = connect(url).chat.completions.create(**options)
+        if stream:
+            *pieces, response = list(response)
+            text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+        else:
+            text = text_of(response)
+        with pytest.raises(openai.BadRequestError, match="max_tiles.*guide of this server decides"):
+            connect(url).chat.completions.create(**options, extra_body={"qgsa": {"max_tiles": 1}})
+    length = len(processor.tokenizer(prompt_of(processor, sample)["text"][0])["input_ids"])
+    assert text.strip() and text.strip() in processor.decode(expected[length:], skip_special_tokens=True)
+    assert response.qgsa["answered_by"] == answered_by and 0 < response.qgsa["confidence"] <= 1
+    assert response.qgsa["tiles"] == ([0] if answered_by == "guide" else [2])
+
+
+def prompt_of(processor, sample):
+    text = processor.apply_chat_template([turn("user", sample["question"], 1)], add_generation_prompt=True)
+    return {"text": [text], "images": [[sample["image"]]]}
+
+
+def test_a_pair_is_loaded_from_its_folder_or_from_two(checkpoint, tmp_path):
+    model, processor = checkpoint
+    GuidedVLM(model, model, processor, exit_threshold=0.5).save_pretrained(tmp_path)
+    served, _, pair = load_served(ServeArguments(model=str(tmp_path), device="cpu"))
+    assert pair.target is served and pair.guidance.exit_threshold == 0.5 and served.name_or_path == str(tmp_path)
+    served, _, pair = load_served(ServeArguments(guide=NAME, device="cpu"))
+    assert pair.target is served and pair.guidance.exit_threshold is None
+    assert load_served(ServeArguments(device="cpu"))[2] is None
+    with pytest.raises(ValueError, match="is a pair and has one"):
+        load_served(ServeArguments(model=str(tmp_path), guide=NAME))
 
 
 def test_an_image_of_a_single_tile(ask):
