@@ -150,14 +150,15 @@ def snippets(text: str, language: str) -> list[str]:
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     """All snippets in one session; the tiny dense checkpoint replaces the published one, which needs a network."""
     export.export(export.ExportArguments(str(ROOT / "hub_cards" / "tiny-qgsa"), str(tmp_path / "qgsa")))
-    scope = {}
+    scope = {"samples": [{**Cards("validation", 24)[number]} for number in range(24)]}
     code = snippets(README.read_text(), "python")
-    assert len(code) == 5
+    assert len(code) == 6
     with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
         run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in printed] == ["moon", "encoder", "moon"]
-    assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[2]
+    assert [line.split()[0] for line in printed] == ["moon", "encoder", "tensor([False])", "moon"]
+    assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[3]
+    assert scope["pair"].guidance.exit_threshold is not None and (tmp_path / "pair" / "guidance.json").is_file()
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()
 
 
@@ -165,7 +166,9 @@ def run_snippets(code, scope, tmp_path):
     for snippet in code:
         snippet = snippet.replace('"qgsa-smolvlm/', f'"{ROOT}/')
         snippet = snippet.replace("outputs/hub/qgsa-smolvlm-tiny", str(tmp_path / "qgsa"))
-        snippet = snippet.replace("HuggingFaceTB/SmolVLM-256M-Instruct", str(ROOT / "hub_cards" / "tiny-dense"))
+        snippet = snippet.replace("outputs/pair", str(tmp_path / "pair"))
+        for size in ("256M", "500M"):
+            snippet = snippet.replace(f"HuggingFaceTB/SmolVLM-{size}-Instruct", str(ROOT / "hub_cards" / "tiny-dense"))
         if "labels" in snippet:
             inputs = scope["processor"](text=scope["prompt"], images=[scope["image"]], return_tensors="pt")
             labels = inputs["input_ids"].clone()
@@ -180,6 +183,8 @@ PARSERS = {
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
     "training/benchmark.py": BenchmarkArguments,
+    "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
+    "training/studies/guided_speed.py": GuidedSpeedArguments,
     "training/studies/adaptive.py": AdaptiveArguments,
     "training/studies/canvases.py": CanvasesArguments,
     "training/studies/pointing.py": PointingArguments,
