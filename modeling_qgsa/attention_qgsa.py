@@ -44,6 +44,24 @@ def check_attention(model, budget: Budget, layout: VisualLayout, gated: bool):
             check_reads_4d_masks(model.vision_model.config, "vision_config", 'selection="blocks" with several tiles')
 
 
+def project_heads(
+    attention, projection, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Queries, keys or values of an attention layer by heads, `(B, heads, L, head_dim)`.
+
+    Args:
+        attention: the attention of a decoder layer.
+        projection: one of its projections.
+        hidden: `(B, L, D)`, the normed input of the layer.
+        rotary: cosines and sines of all positions, `(B, L, head_dim)` each; None for values.
+    """
+    states = projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    if rotary is None:
+        return states
+    cos, sin = rotary
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
 def row_attention(
     layer, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], visible: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
@@ -58,15 +76,11 @@ def row_attention(
     """
     attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
 
-    def heads(projection, states, cos, sin):
-        states = projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        return states * cos[:, None] + rotate_half(states) * sin[:, None]
-
     def at_rows(values):
         return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
-    query = heads(attention.q_proj, at_rows(hidden), *map(at_rows, rotary))
-    key = heads(attention.k_proj, hidden, *rotary)
+    query = project_heads(attention, attention.q_proj, at_rows(hidden), tuple(map(at_rows, rotary)))
+    key = project_heads(attention, attention.k_proj, hidden, rotary)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     seen = (visible[:, None] & (columns <= rows[..., None])) | (columns == rows[..., None])

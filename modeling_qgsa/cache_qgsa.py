@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .interaction_qgsa import slots_in_use
 from .layout_qgsa import Markers, find_sequence, marker_sequences
 from .outputs_qgsa import Prefill
 
@@ -46,7 +47,7 @@ class Past:
         """
         if cache is None or inputs is None:
             return cls(torch.zeros(1, 0).long(), 0, torch.zeros(1, 1).long(), 0)
-        slots, rows, device = int(cache.get_seq_length()), len(inputs), inputs.device
+        slots, rows, device = slots_in_use(cache), len(inputs), inputs.device
         if not slots:
             vars(cache).pop(NOTE, None)  # a cache that was reset starts anew
         nothing = torch.zeros(rows, 0, dtype=torch.long, device=device)

@@ -165,8 +165,8 @@ def encoded_images(mm_encoder_outputs):
     return mm_encoder_outputs["image"] if type(mm_encoder_outputs) is dict else mm_encoder_outputs
 
 
-def continued_inputs(text_inputs: dict[str, torch.Tensor], slots: int) -> dict[str, torch.Tensor]:
-    """Text inputs as `generate` expects them beside a cache with `slots` in use.
+def continued_inputs(text_inputs: dict[str, torch.Tensor], cache) -> dict[str, torch.Tensor]:
+    """Text inputs as `generate` expects them beside a `cache`, which may be None.
 
     Transformers 5 wants embeddings and positions of what is in the cache too, which it cuts off unread; transformers 4
     wants to be told the slots of the new ones.
@@ -177,6 +177,7 @@ def continued_inputs(text_inputs: dict[str, torch.Tensor], slots: int) -> dict[s
     names = ("inputs_embeds", "attention_mask", "position_ids")
     text_inputs = {name: text_inputs[name] for name in names}
     embeds, positions = text_inputs["inputs_embeds"], text_inputs["position_ids"]
+    slots = 0 if cache is None else int(cache.get_seq_length())  # what `generate` takes for the length
     if not slots:
         return text_inputs
     if TRANSFORMERS_V4:

@@ -1,5 +1,6 @@
 """Configuration of QGSA-SmolVLM: that of SmolVLM, plus how the question selects the visual tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ MARKERS = (  # fields with the ids of tokens by which images and turns are found
     "user_token_ids",
     "tile_token_ids",
 )
+LAYER_KINDS = ("full", "cross", "text")
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 POINTERS = ("attention", "selector")
 
@@ -105,6 +107,15 @@ def flat(ids: int | list) -> list[int]:
     return [ids] if not isinstance(ids, list) else [number for each in ids for number in flat(each)]
 
 
+def check_kinds(name: str, kinds: Sequence[str], layers: int):
+    """Raise ValueError, naming the field, unless `kinds` has a known kind for each of `layers` layers."""
+    if len(kinds) != layers:
+        raise ValueError(f"{name} ({len(kinds)} layers) must have one kind for each of the {layers} layers")
+    unknown = sorted(set(kinds) - set(LAYER_KINDS))
+    if unknown:
+        raise ValueError(f"{name} ({', '.join(map(repr, unknown))}): choose from {', '.join(LAYER_KINDS)}")
+
+
 def choose_pointer(configured: str, override: str | None = None) -> str:
     """The pointer of one call: the configured one, or its `override`. Raises ValueError for an unknown one."""
     pointer = configured if override is None else override
@@ -149,6 +160,12 @@ class QGSAConfig(SmolVLMConfig):
             the prompt. A text model that was not trained with a selection needs them to tell places; `from_dense` sets
             it for the attention.
         calibration (`dict`, *optional*): what `calibrate` measured; for the reader.
+        vision_layers (`list[str]`, *optional*): how vision takes part in each layer of the text model: `"full"`,
+            `"cross"` (text attends to visual tokens that are not updated) or `"text"`; all full by default. Not for
+            `"dense"`.
+        vision_ranking (`list[list[int]]`, *optional*): two orders of the layers, the first ones least needed: those whose
+            updates of visual tokens can be left out, and those that need no visual tokens at all. A `vision_budget`
+            between 0 and 1 follows them.
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
         selector_heads (`int`, defaults to 4): attention heads per layer.
@@ -189,6 +206,8 @@ class QGSAConfig(SmolVLMConfig):
     attention_coverage: float | int = 1.0
     keep_tile_markers: bool = False
     calibration: dict[str, Any] | None = None
+    vision_layers: list[str] | None = None
+    vision_ranking: list[list[int]] | None = None
     selector_hidden_size: int = 128
     selector_layers: int = 2
     selector_heads: int = 4
@@ -252,6 +271,15 @@ class QGSAConfig(SmolVLMConfig):
                 f"attention_weights ({len(weights)} rows) must have 1 to {layers} rows, one per layer of the text "
                 "model, of 2 weights each"
             )
+
+    def validate_vision_layers(self):
+        """Check the schedule of the text model's layers; run by `@strict_config` on construction."""
+        layers = self.text_config.num_hidden_layers
+        if self.vision_layers is not None:
+            check_kinds("vision_layers", self.vision_layers, layers)
+        ranking = self.vision_ranking
+        if ranking is not None and [sorted(order) for order in ranking] != [list(range(layers))] * 2:
+            raise ValueError(f"vision_ranking must hold two orders of the {layers} layers, 0 .. {layers - 1}")
 
     def validate_selector(self):
         """Check that the selector can be built; run by `@strict_config` on construction."""

@@ -29,7 +29,7 @@ from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
-from .interaction_qgsa import Pruning, pruned_cache, run_pruned
+from .interaction_qgsa import Interaction, held_by, read_layers
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, point_nowhere, pointer_zero
@@ -156,17 +156,15 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             stays, gates = looked, relaxation.log_gates(token_scores, looked, layout, k)
             spliced.append((gates.to(embeds.dtype), 0.0))
         keep_of = partial(positions_to_keep, prompt.attention_mask, layout, markers_stay=self.config.keep_tile_markers)
-        stay, pruning = keep_of(stays), None
+        stay = keep_of(stays)
         first = keep_of(looked) if request.prune_layer else stay
         (embeds, mask, positions, *log_gates), held = splice(first, *spliced)
-        if request.prune_layer:
-            (columns,), _ = splice(first, (stay, False))
-            pruning = Pruning(request.prune_layer, columns)
+        interaction = Interaction.of(request, first, stay, prompt.input_ids == self.config.image_token_id)
         mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
         mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         selection = describe_selection(glance, kept, tiles, splice(stay)[1])
-        return Prefill(text_inputs, selection, glance, features, stay.shape[1], held, pruning)
+        return Prefill(text_inputs, selection, glance, features, stay.shape[1], held, interaction)
 
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
         """As SmolVLM's, but `config.tiles_per_step` tiles at a time and in the dtype of the text model."""
@@ -176,17 +174,17 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         step, dtype = self.config.tiles_per_step, self.text_model.dtype
         return encode_in_steps(encode, pixel_values, pixel_attention_mask, step, dtype)
 
-    def read(self, inputs: dict[str, Any], cache, pruning: Pruning | None, options: dict[str, Any]):
+    def read(self, inputs: dict[str, Any], cache, interaction: Interaction | None, options: dict[str, Any]):
         """Step 7 without the language head: the stock model, unless layers of the text model differ in what they see.
 
         Args:
-            inputs: of the stock model; to prune them, those of a [`Prefill`].
+            inputs: of the stock model; with an `interaction`, those of a [`Prefill`].
         """
-        if pruning is None and pruned_cache(cache) is None:
+        if interaction is None and held_by(cache) is None:
             return super().forward(**inputs, past_key_values=cache, **options)
         if inputs["inputs_embeds"] is None:
             inputs = {**inputs, "inputs_embeds": self.get_input_embeddings()(inputs["input_ids"])}
-        hidden, cache = run_pruned(self.text_model, inputs, cache, pruning, options)
+        hidden, cache = read_layers(self.text_model, inputs, cache, interaction, options)
         return SmolVLMBaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
     @can_return_tuple
@@ -199,7 +197,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         inputs_embeds=None,
         pixel_values=None,
         pixel_attention_mask=None,
-        pruning: Pruning | None = None,
+        interaction: Interaction | None = None,
         **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
@@ -209,7 +207,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if request.selects:
             relaxes = self.training and request.token_scores is None and request.pointer == "selector"
             prefill = self.prefill(request, Relaxation.of(request, self.config.keep_tile_markers) if relaxes else None)
-            outputs = self.read(prefill.text_inputs, past_key_values, prefill.pruning, rest)
+            outputs = self.read(prefill.text_inputs, past_key_values, prefill.interaction, rest)
             request.past.note(outputs.past_key_values, prefill)
             outputs = QGSABaseModelOutputWithPast.of(outputs, prefill)
         else:
@@ -217,7 +215,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             if is_spliced(past_key_values):
                 past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
                 stock = past.continue_text(stock)
-            outputs = QGSABaseModelOutputWithPast(**self.read(stock, past_key_values, pruning, rest))
+            outputs = QGSABaseModelOutputWithPast(**self.read(stock, past_key_values, interaction, rest))
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
             zero = pointer_zero(make_pointer(self), outputs["last_hidden_state"], self.config)
             outputs["last_hidden_state"] = outputs["last_hidden_state"] + zero
@@ -287,7 +285,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         selection: str | None = None,
         pointer: str | None = None,
         prune_layer: int | None = None,
-        pruning: Pruning | None = None,
+        vision_budget: float | str | list[str] | None = None,
+        interaction: Interaction | None = None,
         **kwargs: Unpack[ForwardKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
@@ -314,7 +313,9 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             gumbel_temperature: temperature of the relaxed selection; `config.gumbel_temperature` by default.
             prune_layer: number of layers of the text model that see every visual token that was encoded; the others
                 see the kept ones (FastV, SGL). By default no layer does.
-            pruning: what `generate` hands on of this to its first step.
+            vision_budget: how vision takes part in each layer of the text model, `config.vision_layers` by default, or
+                the share of the layers' work on visual tokens to do, see `schedule_of`.
+            interaction: what `generate` hands on of both to its first step.
             selection, pointer, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
@@ -339,7 +340,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             selection=selection,
             pointer=pointer,
             prune_layer=prune_layer,
-            pruning=pruning,
+            vision_budget=vision_budget,
+            interaction=interaction,
             **kwargs,
         )
         shift_labels = kwargs.pop("shift_labels", None)
@@ -406,7 +408,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         check_decoding(kwargs, kwargs.get("generation_config") or self.generation_config)
         if request.selects:
             return self.generate_from(self.model.prefill(request), ids, past, **options)
-        options |= continued_inputs(past.continue_text(embed_dense(self.model, request.stock)), past.slots)
+        options |= continued_inputs(past.continue_text(embed_dense(self.model, request.stock)), cache)
         output = super().generate(ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
             output["selection"] = None
@@ -422,10 +424,11 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             past: the conversation behind `past_key_values`.
             options: of `generate`, without inputs.
         """
-        options |= continued_inputs(prefill.text_inputs, past.slots)
-        if prefill.pruning is not None:
-            options["pruning"] = prefill.pruning
-        output, cache = super().generate(input_ids, **options), options.get("past_key_values")  # type: ignore[misc]
+        cache = options.get("past_key_values")
+        options |= continued_inputs(prefill.text_inputs, cache)
+        if prefill.interaction is not None:
+            options["interaction"] = prefill.interaction
+        output = super().generate(input_ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
             cache, output["selection"] = output.get("past_key_values"), prefill.selection
         past.note(cache, prefill)
@@ -450,7 +453,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("position_ids")
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        updated.pop("pruning", None)
+        updated.pop("interaction", None)
         return advance_positions(updated, given)
 
 

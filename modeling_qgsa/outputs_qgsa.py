@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 
-from .interaction_qgsa import Pruning
+from .interaction_qgsa import Interaction
 from .pointer_qgsa import Glance
 from .readout_qgsa import columns_of_positions, take_columns
 from .selection_qgsa import QGSASelection
@@ -71,4 +71,4 @@ class Prefill:
     features: torch.Tensor  # (n, P, D) of the encoded tiles
     length: int  # L, the number of positions of the prompt
     held: torch.Tensor  # (B, L') int64, those that reach the text model, -1 in the padding on the left
-    pruning: Pruning | None  # of the layers that see fewer of them than the first ones
+    interaction: Interaction | None  # what each layer sees of these; None if all see everything

@@ -11,7 +11,7 @@ from transformers.utils import TransformersKwargs
 from .cache_qgsa import Past
 from .compat_qgsa import encoded_images, tile_features
 from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer
-from .interaction_qgsa import check_prune_layer
+from .interaction_qgsa import check_prune_layer, schedule_of
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
 
@@ -31,6 +31,7 @@ class BaseModelKwargs(LimitKwargs, total=False):
     pointer: str | None
     prune_layer: int | None
     selection: str | None
+    vision_budget: float | str | list[str] | None
 
 
 class ForwardKwargs(TransformersKwargs, LimitKwargs, total=False):
@@ -206,6 +207,7 @@ class Request:
         token_scores: `(B, N)`, scores of all visual tokens that replace the pointer's.
         complexity: `(I,)`, how much of the budget each image needs, in place of the pointer's estimate.
         prune_layer: the number of layers of the text model that see all that was looked at; None for 0.
+        schedule: how vision takes part in each layer of the text model, see `interaction_qgsa`.
         gumbel_temperature: temperature of the relaxed selection in training.
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
@@ -222,6 +224,7 @@ class Request:
     token_scores: torch.Tensor | None
     complexity: torch.Tensor | None
     prune_layer: int | None
+    schedule: tuple[str, ...]
     gumbel_temperature: float
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
@@ -255,8 +258,9 @@ class Request:
         )
         if budget.selection == "dense":
             visual.check_dense()
-            if given["prune_layer"] is not None:
-                raise ValueError(f'prune_layer ({given["prune_layer"]}): not available with selection="dense"')
+            for name in ("prune_layer", "vision_budget"):
+                if given[name] is not None:
+                    raise ValueError(f'{name} ({given[name]}): not available with selection="dense", the stock model')
         elif encoded:
             visual = visual.with_encoded(**encoded, tokens_per_tile=config.tokens_per_tile)
         temperature = given["gumbel_temperature"]
@@ -268,6 +272,7 @@ class Request:
             token_scores=given["visual_token_scores"],
             complexity=given["complexity"],
             prune_layer=given["prune_layer"],
+            schedule=schedule_of(config, given["vision_budget"]),
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
         if budget.selection == "dense" or visual.missing:

@@ -15,16 +15,21 @@ from serving import serving
 
 from training.benchmark import BenchmarkArguments
 from training.cli.arguments import Parser
+from training.cli.groups import AnswerArguments
 from training.cli.presets import parse_arguments
 from training.costs.formula import paper_table
 from training.costs.speed_report import format_first_table, format_headline, format_speed
+from training.data.arguments import DataArguments
+from training.data.cards import Cards
 from training.evaluation.report import format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
+from training.run_guided import PairArguments
 from training.run_qgsa import TaskArguments
 from training.run_stand_in import parse as parse_stand_in
 from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
+from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.pareto import ParetoArguments, format_pareto
 from training.studies.pointing import PointingArguments, format_pointing
 

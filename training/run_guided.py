@@ -43,7 +43,7 @@ class PairArguments:
     calibrated_target: str | None = field(
         default=None, metadata={"help": "The target, calibrated: adds its own pointer."}
     )
-    coverage: float = field(default=0.5, metadata={"help": "Share of the guide's map that chosen tiles cover."})
+    coverage: float = field(default=0.6, metadata={"help": "Share of the guide's map that chosen tiles cover."})
     target_loyalty: float = field(default=0.99, metadata={"help": "Share of answers to keep in the early exit."})
     calibration_size: int = field(default=200, metadata={"help": "Questions to calibrate the exit on."})
     flops_questions: int = field(default=8, metadata={"help": "Number of questions whose FLOPs are counted."})

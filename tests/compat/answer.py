@@ -85,9 +85,9 @@ def chat_of(model, processor, inputs) -> list:
     return [second.tolist(), outputs.logits[:, -1].argmax(-1).tolist()]
 
 
-def pruned_between_layers(model, inputs) -> list:
-    """Ids of two turns on one cache whose later layers hold 8 visual tokens, greedy and by beams."""
-    options = {"selection": "after_encoder", "min_visual_tokens": 8, "max_visual_tokens": 8, "prune_layer": 2}
+def differing_layers(model, inputs, **options) -> list:
+    """Ids of two turns on one cache whose layers hold different positions, greedy and by beams."""
+    options |= {"selection": "after_encoder", "min_visual_tokens": 8, "max_visual_tokens": 8}
     options |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     cache = DynamicCache()
     first = model.generate(**inputs, **options, past_key_values=cache)
@@ -133,7 +133,8 @@ def main(folder: str, former: str, image: str, output: str):
         "chat": chat_of(model, processor, single),
         "batched chat": chat_of(model, processor, batch),
         "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),
-        "pruned": pruned_between_layers(model, batch),
+        "pruned": differing_layers(model, batch, prune_layer=2),
+        "scheduled": differing_layers(model, batch, vision_budget="FCTFCC"),
         "dense": positions_of(model, single, selection="dense"),
         "answers": processor.batch_decode(
             model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

@@ -1,12 +1,16 @@
 """From some layer on, the text model sees only the kept tokens: against a plain pass that hides all others there."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_qgsa import QGSAConfig
+from modeling_qgsa.interaction_qgsa import cross_share, schedule_of
 from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.request_qgsa import Request
 from training.methods.method import encode_all
 
 
@@ -255,6 +259,214 @@ def test_the_relaxed_selection_of_training_is_refused(make_model, single):
     model = make_model().train()
     with pytest.raises(ValueError, match="prune_layer"):
         model(**single, prune_layer=1)
+
+
+# Schedules: how vision takes part in each layer
+
+SCHEDULES = ["FFCC", "CCCC", "FCTF", "TTTT", "CFTC", "TFFT"]
+
+
+@torch.no_grad()
+def scheduled(model, inputs, schedule, new_tokens):
+    """Greedy ids, by eager attention over the whole prompt, with visual tokens that stay or are hidden, by layer."""
+    ids = inputs["input_ids"]
+    embeds, visual = model.get_input_embeddings()(ids), ids[0] == model.config.image_token_id
+    embeds[0, visual] = encode_all(model, inputs).flatten(0, 1)
+    text = copy.deepcopy(model.model.text_model)
+    text.set_attn_implementation("eager")
+    made = []
+    for _ in range(new_tokens):
+        length = embeds.shape[1]
+        positions = torch.arange(length)[None]
+        rotary, hidden = text.rotary_emb(embeds, positions), embeds
+        is_visual = torch.nn.functional.pad(visual, (0, length - len(visual)))
+        causal = torch.full((length, length), float("-inf")).triu(1)
+        hiding = causal.masked_fill(is_visual[None] & ~is_visual[:, None], float("-inf"))
+        for kind, each in zip(schedule, text.layers):
+            mask = (hiding if kind == "T" else causal)[None, None]
+            updated = each(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            hidden = updated if kind == "F" else torch.where(is_visual[None, :, None], hidden, updated)
+        made.append(int(model.lm_head(text.norm(hidden[:, -1:])).argmax()))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([made[-1:]]))], 1)
+    return made
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_equals_a_plain_pass(deep, batch, schedule, attention):
+    model = copy.deepcopy(deep)
+    model.set_attn_implementation(attention)
+    ids = model.generate(**batch, **WHOLE, **EVERYTHING, vision_budget=schedule, max_new_tokens=5)
+    for row in range(len(ids)):
+        assert ids[row, -5:].tolist() == scheduled(deep, rows(batch, row), schedule, 5)
+
+
+def test_all_layers_full_are_dense_bit_for_bit(deep, single):
+    features = encode_all(deep, single)
+    dense = deep(**single, selection="dense").logits
+    outputs = deep(**single, **WHOLE, **EVERYTHING, image_hidden_states=features, vision_budget="FFFF")
+    assert torch.equal(outputs.logits, dense)
+    request = Request.take(deep.config, dict(single) | {"vision_budget": "FFFF"})
+    assert deep.model.prefill(request).interaction is None
+
+
+@pytest.mark.parametrize("schedule", ["FCTF", "CCTT"])
+def test_a_schedule_needs_no_cache(deep, batch, schedule):
+    options = {**WHOLE, **EVERYTHING, "vision_budget": schedule}
+    with torch.no_grad():
+        cached, plain = (deep(**batch, **options, use_cache=use).logits[:, -1] for use in (True, False))
+    assert torch.allclose(cached, plain, atol=1e-5)
+
+
+def test_layers_hold_what_they_see(deep, single):
+    options = {**WHOLE, **EVERYTHING, "vision_budget": "FCTT"}
+    with torch.no_grad():
+        cache = deep(**single, **options).past_key_values
+    length, visual = single["input_ids"].shape[1], 17 * 16
+    assert [layer.get_seq_length() for layer in cache.layers] == [length, length, length - visual, length - visual]
+
+
+def test_only_text_runs_through_a_cross_layer(deep, single, scores):
+    lengths = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+        for layer in deep.model.text_model.layers
+    ]
+    with torch.no_grad():
+        given = {"visual_token_scores": scores[:1], **WHOLE, **EVERYTHING}  # no pointer reads anything
+        deep(**single, **given, vision_budget="FCTF")
+    for hook in hooks:
+        hook.remove()
+    length, text = single["input_ids"].shape[1], single["input_ids"].shape[1] - 17 * 16
+    assert lengths == [length, text, text, length]
+
+
+@pytest.mark.parametrize("schedule", ["FFCC", "CCTT", "TFFC"])
+def test_schedules_go_with_a_selection(deep, batch, samples, prepare, schedule):
+    options = {"vision_budget": schedule, "max_tiles": 2, "min_tiles": 2, **KEPT, "max_new_tokens": 4}
+    together = deep.generate(**batch, **options)
+    for row, sample in enumerate(samples):
+        assert torch.equal(together[row, -4:], deep.generate(**prepare(sample), **options)[0, -4:])
+
+
+def test_schedules_go_with_pruning(deep, batch, scores):
+    options = {**WHOLE, **KEPT, "visual_token_scores": scores, "prune_layer": 2}
+    expected = deep.generate(**batch, **options, max_new_tokens=4)
+    assert torch.equal(deep.generate(**batch, **options, vision_budget="FFFF", max_new_tokens=4), expected)
+    cache = deep(**batch, **options, vision_budget="FCFC").past_key_values
+    assert cache.get_seq_length(2) < cache.get_seq_length(0)
+
+
+def test_beams_of_a_schedule(deep, batch, samples, prepare):
+    options = {"vision_budget": "FCTC", "num_beams": 3, "max_new_tokens": 4, **WHOLE, **EVERYTHING}
+    together = deep.generate(**batch, **options)
+    for row, sample in enumerate(samples):
+        assert torch.equal(together[row, -4:], deep.generate(**prepare(sample), **options)[0, -4:])
+
+
+@pytest.mark.parametrize("schedule", ["FCTF", "TCFF", "CCCC"])
+def test_turns_on_a_scheduled_cache(deep, single, tokenizer, schedule):
+    """In a loop over `forward` and by `generate`, as if all had been asked at once."""
+    options = {**WHOLE, **EVERYTHING, "vision_budget": schedule}
+    more = " two<end_of_utterance>\nUser: and where?"
+    more = tokenizer(more, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    whole = torch.cat([single["input_ids"], more], 1)
+    question = torch.cat([single["question_mask"], torch.zeros_like(more)], 1)
+    inputs = single | {"input_ids": whole, "attention_mask": torch.ones_like(whole), "question_mask": question}
+    with torch.no_grad():
+        together = deep(**inputs, **options).logits[:, -more.shape[1] :]
+        cache = deep(**single, **options).past_key_values
+        later = deep(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
+    assert torch.allclose(later, together, atol=1e-4)
+    expected = deep.generate(**inputs, **options, max_new_tokens=4)
+    assert torch.equal(deep.generate(input_ids=whole, past_key_values=cache, max_new_tokens=4), expected)
+
+
+def test_another_schedule_on_a_filled_cache_is_refused(deep, prepare, make_image):
+    first, second = (prepare(("what is it?", [make_image(seed, 128, 64)])) for seed in (0, 1))
+    with torch.no_grad():
+        cache = deep(**first, vision_budget="FFCC").past_key_values
+        del second["attention_mask"]
+        with pytest.raises(ValueError, match="past_key_values was filled with others"):
+            deep(**second, past_key_values=cache, vision_budget="FCCC")
+        deep(**second, past_key_values=cache, vision_budget="FFCC")
+
+
+def test_gradients_reach_what_takes_part(deep, single):
+    model = copy.deepcopy(deep).train()
+    labels = single["input_ids"].clone()
+    labels[:, :-3] = -100
+    model(**single, labels=labels, vision_budget="FCCC").loss.backward()
+    assert model.model.connector.modality_projection.proj.weight.grad.any()
+    assert all(layer.self_attn.k_proj.weight.grad.any() for layer in model.model.text_model.layers)
+    model.zero_grad()
+    model(**single, labels=labels, vision_budget="TTTT").loss.backward()
+    gradient = model.model.connector.modality_projection.proj.weight.grad
+    assert gradient is None or not gradient.any()
+
+
+def test_a_share_of_the_work_follows_the_ranking(deep):
+    config = copy.deepcopy(deep.config)
+    config.vision_ranking = [[3, 1, 2, 0], [0, 3, 2, 1]]
+    share = cross_share(config.text_config)
+    assert schedule_of(config, 1.0) == ("full",) * 4
+    assert schedule_of(config, (3 + share) / 4) == ("full", "full", "full", "cross")
+    assert schedule_of(config, 0.6) == ("full", "cross", "full", "cross")
+    assert schedule_of(config, share) == ("cross",) * 4
+    assert schedule_of(config, share / 2) == ("text", "cross", "cross", "text")
+    assert schedule_of(config, 0.0) == ("text",) * 4
+
+
+def test_cross_layers_cost_keys_and_values():
+    """Of the matrices that a visual token meets in a layer of 256M."""
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+    assert cross_share(SimpleNamespace(head_dim=None, **sizes)) == pytest.approx(384 / 6144)
+
+
+def test_the_schedule_of_the_config_is_saved(deep, single, tmp_path):
+    model = copy.deepcopy(deep)
+    model.config.vision_layers, model.config.vision_ranking = ["full", "cross", "text", "cross"], [[3, 2, 1, 0]] * 2
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    expected = deep.generate(**single, vision_budget="FCTC", max_new_tokens=4)
+    dense = deep.generate(**single, selection="dense", max_new_tokens=4)
+    for each in (model, loaded):
+        assert torch.equal(each.generate(**single, max_new_tokens=4), expected)
+        assert torch.equal(each.generate(**single, selection="dense", max_new_tokens=4), dense)
+
+
+@pytest.mark.parametrize(
+    "budget, complaint",
+    [
+        ("FFC", r"vision_budget \(3 layers\) must have one kind for each of the 4 layers"),
+        ("FFCX", r"vision_budget \('X'\): choose from full, cross, text"),
+        (["full"] * 5, r"vision_budget \(5 layers\)"),
+        (1.5, r"vision_budget \(1.5\) must be in 0 .. 1"),
+        (0.5, r"vision_budget \(0.5\): the layers of this checkpoint were not ranked"),
+    ],
+)
+def test_bad_schedules(deep, single, budget, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        deep.generate(**single, vision_budget=budget)
+
+
+def test_bad_schedules_of_a_config():
+    with pytest.raises(Exception, match=r"vision_layers \(2 layers\)"):
+        QGSAConfig(vision_layers=["full", "cross"])
+    with pytest.raises(Exception, match="vision_ranking must hold two orders"):
+        QGSAConfig(vision_ranking=[[0, 1], [1, 0]])
+
+
+def test_what_cannot_read_a_mask_is_refused(deep, single, scores, monkeypatch):
+    given = {"visual_token_scores": scores[:1], **WHOLE, **EVERYTHING, "vision_budget": "FCCC"}
+    model = copy.deepcopy(deep)
+    model.model.text_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="a cross layer"):
+        model(**single, **given)
+    model = copy.deepcopy(deep).train()
+    monkeypatch.setattr("modeling_qgsa.interaction_qgsa.is_checkpointing", lambda model: True)
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        model(**single, **given)
 
 
 # Scores and complexity from elsewhere

@@ -15,8 +15,7 @@ from training.methods.fastv import fastv
 
 RETENTIONS = (0.64, 0.35, 0.09)  # of the visual tokens, averaged over the layers: the rows of SGL's paper
 DEPTHS = {0.64: 0.4, 0.35: 0.2, 0.09: 0.0}  # the share of the layers that see all of them there
-TILES = (1, 2, 3)
-THRIFTY = ("selection", "glance")
+TILES = (1, 3)
 
 
 def retention_behind(average: float, layer: int, layers: int) -> float:
@@ -55,8 +54,11 @@ def pruning_systems(guide, target, processor) -> list[System]:
     return systems
 
 
-def tile_systems(guide, target, processor, coverage: float) -> list[System]:
-    """SGL before the target's encoder, by what the guide looks at, and the target's own pointer at equal tiles."""
+def tile_systems(guide, target, processor, coverage: float, pointing_guide=None) -> list[System]:
+    """SGL before the target's encoder, by what the guide looks at, and the target's own pointer at equal tiles.
+
+    A guide that looks at its own selection is the calibrated one, if there is one.
+    """
     make, systems = partial(GuidedVLM, guide, target, processor), []
     for tiles in TILES:
         fixed = {"selection": "before_encoder"} | whole_tiles(target.config, tiles)
@@ -64,8 +66,9 @@ def tile_systems(guide, target, processor, coverage: float) -> list[System]:
         systems.append(System(f"qgsa-attention, m = {tiles}", target, {"pointer": "attention"} | fixed))
         systems.append(System(f"random, m = {tiles}", target, fixed, METHODS["random-tiles"]))
     most = max(TILES)
-    for view in THRIFTY:
-        systems.append(System(f"sgl-before-encoder, {view}, m = {most}", make(max_tiles=most, view=view)))
+    for view, thrifty in (("selection", pointing_guide or guide), ("glance", guide)):
+        pair = GuidedVLM(thrifty, target, processor, max_tiles=most, view=view)
+        systems.append(System(f"sgl-before-encoder, {view}, m = {most}", pair))
     systems.append(System("sgl-before-encoder, coverage", make(max_tiles=16, coverage=coverage)))
     return systems
 
@@ -104,7 +107,8 @@ def guided_systems(guide, target, processor, coverage: float, pointing_guide=Non
         System("dense-global-only", target, DENSE, image_kwargs={"do_image_splitting": False}),
         System("blank-image", target, DENSE, blank=True),
     ]
-    systems += pruning_systems(guide, target, processor) + tile_systems(guide, target, processor, coverage)
+    systems += pruning_systems(guide, target, processor)
+    systems += tile_systems(guide, target, processor, coverage, pointing_guide)
     if pointing_guide is not None:
         systems += pointer_systems(pointing_guide, target, processor)
     if calibrated is not None:

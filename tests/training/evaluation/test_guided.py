@@ -66,7 +66,7 @@ def test_average_retention_is_that_of_the_name(systems):
 def test_rows_count_what_the_target_keeps(rows):
     found = {row["system"]: row for row in rows}
     assert found["random, 9%"]["visual_tokens_mean"] == 25 and found["sgl, 9%"]["visual_tokens_mean"] == 25
-    assert found["sgl-before-encoder, m = 2"]["tiles_mean"] == 2
+    assert found["sgl-before-encoder, m = 3"]["tiles_mean"] == 3
     assert found["sgl, 64%"]["tiles_mean"] == 16
 
 
