@@ -163,9 +163,9 @@ class QGSAConfig(SmolVLMConfig):
         vision_layers (`list[str]`, *optional*): how vision takes part in each layer of the text model: `"full"`,
             `"cross"` (text attends to visual tokens that are not updated) or `"text"`; all full by default. Not for
             `"dense"`.
-        vision_ranking (`list[list[int]]`, *optional*): two orders of the layers, the first ones least needed: those whose
-            updates of visual tokens can be left out, and those that need no visual tokens at all. A `vision_budget`
-            between 0 and 1 follows them.
+        vision_ranking (`list[list[int]]`, *optional*): two orders of the layers, least needed first: whose updates of
+            visual tokens can be left out, and which need no visual tokens at all. A `vision_budget` between 0 and 1
+            follows them.
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
         selector_heads (`int`, defaults to 4): attention heads per layer.

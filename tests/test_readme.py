@@ -61,6 +61,7 @@ TABLES = {
     "vqa_rad_published": lambda rows: [format_table(rows)],
     "pareto_cards": lambda rows: [format_pareto(rows)],
     "pointing_cards": lambda rows: [format_pointing(rows)],
+    "pointing_small_cards": lambda rows: [format_pointing(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
