@@ -35,6 +35,7 @@ from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutp
 from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, point_nowhere, pointer_zero
 from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
+from .ranking_qgsa import rank_vision_layers
 from .readout_qgsa import read_out
 from .relaxation_qgsa import Relaxation, gated_attention_mask
 from .request_qgsa import STOCK_NAMES, BaseModelKwargs, ForwardKwargs, Request, VisualInputs
@@ -373,6 +374,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         return self
 
     calibrate = calibrate_pointer
+    rank_vision_layers = rank_vision_layers
 
     @torch.no_grad()
     def select(self, input_ids=None, pixel_values=None, **kwargs) -> QGSASelection:
