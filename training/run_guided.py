@@ -24,7 +24,8 @@ from training.data.arguments import DataArguments
 from training.data.sets import load_data
 from training.evaluation.answers import answer
 from training.evaluation.guided import exit_curve, exit_pairs, guided_systems
-from training.evaluation.report import delta_cell, write_results
+from training.evaluation.guided_report import format_exits, format_guided, format_guided_families, plot_exits
+from training.evaluation.report import write_results
 from training.evaluation.rows import add_flops, compare, grade_answers
 from training.evaluation.systems import System
 
@@ -67,22 +68,6 @@ def load_part(source: str) -> QGSASmolVLMForConditionalGeneration:
     return load(source).float().eval()
 
 
-def format_guided(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| system | accuracy | Δ to dense, pp [95 %] | tiles m | tokens k | guide alone | GFLOPs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        alone = row.get("answered_by_guide")
-        lines.append(
-            f"| {row['system']} | {row['accuracy']:.1%} | {delta_cell(row)} | {row['tiles_mean']:.2f} "
-            f"| {row['visual_tokens_mean']:.1f} | {'–' if alone is None else f'{alone:.1%}'} "
-            f"| {row['flops']['total'] / 1e9:.3f} |"
-        )
-    return "\n".join(lines)
-
-
 def evaluate(pair: PairArguments, data: DataArguments, answering: AnswerArguments) -> list[dict]:
     """Calibrate the exits, ask all systems, and write the results."""
     train, questions = load_data(data, 0)
@@ -111,6 +96,7 @@ def evaluate(pair: PairArguments, data: DataArguments, answering: AnswerArgument
             row["exit_curve"] = exit_curve(answers, guide_grades, target_grades)
     name = f"sgl_{data.dataset}" + ("" if data.eval_split == "test" else f"_{data.eval_split}")
     write_results(output / f"{name}.json", "guided", data.dataset, len(asked), 0, rows, data.eval_split)
+    plot_exits(rows, output / f"{name}_exits.png")
     return rows
 
 
@@ -118,7 +104,7 @@ def main():
     kinds = (PairArguments, DataArguments, AnswerArguments)
     with errors_in_one_line():
         rows = evaluate(*Parser(kinds, description=__doc__).parse(sys.argv[1:]))
-        print(format_guided(rows))
+        print(format_guided(rows), format_guided_families(rows), format_exits(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ def test_a_pair_is_evaluated(folders, tmp_path, monkeypatch, capsys):
     assert rows["sgl-exit"]["exit_curve"][-1]["accuracy"] == rows["guide"]["accuracy"]
     assert rows["sgl-exit"]["calibration"]["samples"] == 20
     printed = capsys.readouterr().out
-    assert printed.count("\n| sgl") == sum(name.startswith("sgl") for name in rows)
+    table, families, exits = printed.strip().split("\n\n")[:3]
+    assert table.count("\n| sgl") == sum(name.startswith("sgl") for name in rows)
+    assert families.count("\n| sgl") == 6 and exits.count("\n| sgl") == 4
+    assert (tmp_path / "sgl_cards_exits.png").stat().st_size > 1000
     pair = GuidedVLM.from_pretrained(tmp_path / "pair")
     assert pair.guidance.calibration == rows["sgl-exit, glance, coverage"]["calibration"]
 
