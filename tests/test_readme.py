@@ -21,6 +21,7 @@ from training.costs.formula import paper_table
 from training.costs.speed_report import format_first_table, format_headline, format_speed
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
+from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
 from training.evaluation.report import format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
 from training.run_guided import PairArguments
@@ -30,6 +31,7 @@ from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.guided_speed import GuidedSpeedArguments
+from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
 from training.studies.pointing import PointingArguments, format_pointing
 
@@ -62,6 +64,8 @@ TABLES = {
     "pareto_cards": lambda rows: [format_pareto(rows)],
     "pointing_cards": lambda rows: [format_pointing(rows)],
     "pointing_small_cards": lambda rows: [format_pointing(rows)],
+    "sgl_cards": lambda rows: [format_guided(rows), format_guided_families(rows), format_exits(rows)],
+    "speed_sgl_500m_cpu": lambda rows: [format_pair_speed(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],

@@ -89,11 +89,12 @@ def evaluate(pair: PairArguments, data: DataArguments, answering: AnswerArgument
     everything, asked = answer(systems, questions, processor, size, length, share_features=True)
     rows = compare(systems, everything, asked, data.dataset)
     add_flops(rows, systems, questions, processor, length, pair.flops_questions)
-    target_grades, guide_grades = grade_answers(data.dataset, everything[:2], asked)
+    grades = dict(zip((row["system"] for row in rows), grade_answers(data.dataset, everything, asked)))
     for row, answers in zip(rows, everything):
         if row["system"] in exits:
             row["calibration"] = exits[row["system"]]
-            row["exit_curve"] = exit_curve(answers, guide_grades, target_grades)
+            alone = grades["guide, glance" if "glance" in row["system"] else "guide"]
+            row["exit_curve"] = exit_curve(answers, alone, grades["dense"])
     name = f"sgl_{data.dataset}" + ("" if data.eval_split == "test" else f"_{data.eval_split}")
     write_results(output / f"{name}.json", "guided", data.dataset, len(asked), 0, rows, data.eval_split)
     plot_exits(rows, output / f"{name}_exits.png")

@@ -40,7 +40,9 @@ def test_a_pair_is_evaluated(folders, tmp_path, monkeypatch, capsys):
     rows = {row["system"]: row for row in results["rows"]}
     assert results["n"] == 3 and "dense" in rows and "guide" in rows
     assert rows["sgl-exit"]["exit_curve"][0]["accuracy"] == rows["dense"]["accuracy"]
-    assert rows["sgl-exit"]["exit_curve"][-1]["accuracy"] == rows["guide"]["accuracy"]
+    for pair, alone in (("sgl-exit", "guide"), ("sgl-exit, glance", "guide, glance")):
+        assert rows[pair]["exit_curve"][-1]["accuracy"] == rows[alone]["accuracy"]
+    assert rows["guide, glance"]["answered_by_guide"] == 1
     assert rows["sgl-exit"]["calibration"]["samples"] == 20
     printed = capsys.readouterr().out
     table, families, exits = printed.strip().split("\n\n")[:3]

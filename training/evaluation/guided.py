@@ -82,6 +82,12 @@ def pointer_systems(guide, target, processor) -> list[System]:
     return systems
 
 
+def guides_alone(guide, target, processor) -> list[System]:
+    """The guide alone, by what it looks at."""
+    glance = GuidedVLM(guide, target, processor, view="glance", exit_threshold=0.0)
+    return [System("guide", guide, DENSE), System("guide, glance", glance)]
+
+
 def exit_pairs(guide, target, processor, coverage: float) -> dict[str, GuidedVLM]:
     """Pairs whose guide may answer alone, once they are calibrated; the thriftiest comes last."""
     make, layers = partial(GuidedVLM, guide, target, processor), target.config.text_config.num_hidden_layers
@@ -103,7 +109,7 @@ def guided_systems(guide, target, processor, coverage: float, pointing_guide=Non
     """
     systems = [
         System("dense", target, DENSE),
-        System("guide", guide, DENSE),
+        *guides_alone(guide, target, processor),
         System("dense-global-only", target, DENSE, image_kwargs={"do_image_splitting": False}),
         System("blank-image", target, DENSE, blank=True),
     ]
@@ -121,7 +127,7 @@ def exit_curve(answers: Answers, guide: np.ndarray, target: np.ndarray, points: 
 
     Args:
         answers: of a pair that asks how sure the guide is of every question.
-        guide, target: `(n,)` grades of the two alone.
+        guide, target: `(n,)` grades of the two alone; the guide looks at what it looks at in the pair.
     """
     order, curve = np.argsort(-np.array(answers.sureness), kind="stable"), []
     for share in np.linspace(0, 1, points):

@@ -10,6 +10,7 @@ from training.evaluation.report import delta_cell
 BY_FAMILY = (
     "dense",
     "guide",
+    "guide, glance",
     "sgl, 9%",
     "sgl-before-encoder, m = 3",
     "sgl-before-encoder, coverage",
