@@ -65,6 +65,8 @@ TABLES = {
     "pointing_cards": lambda rows: [format_pointing(rows)],
     "pointing_small_cards": lambda rows: [format_pointing(rows)],
     "sgl_cards": lambda rows: [format_guided(rows), format_guided_families(rows), format_exits(rows)],
+    "speed_attention_256m_cpu": lambda rows: [format_speed(rows, 2048)],
+    "speed_attention_500m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_sgl_500m_cpu": lambda rows: [format_pair_speed(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
