@@ -22,7 +22,7 @@ from training.costs.speed_report import format_first_table, format_headline, for
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
 from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
-from training.evaluation.report import format_families, format_table
+from training.evaluation.report import format_by_canvas, format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
 from training.run_guided import PairArguments
 from training.run_qgsa import TaskArguments
@@ -67,7 +67,9 @@ TABLES = {
     "sgl_cards": lambda rows: [format_guided(rows), format_guided_families(rows), format_exits(rows)],
     "speed_attention_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_attention_500m_cpu": lambda rows: [format_speed(rows, 2048)],
+    "small_dense_cards": lambda rows: [format_by_canvas(rows)],
     "speed_sgl_500m_cpu": lambda rows: [format_pair_speed(rows)],
+    "speed_sgl_2b_cpu": lambda rows: [format_pair_speed(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
@@ -168,7 +170,8 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
         run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
     printed = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in printed] == ["moon", "encoder", "tensor([False])", "moon"]
+    # The pair is twice the same model here, whose surest answers the guide gives alone.
+    assert [line.split()[0] for line in printed] == ["moon", "encoder", "tensor([True])", "moon"]
     assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[3]
     assert scope["pair"].guidance.exit_threshold is not None and (tmp_path / "pair" / "guidance.json").is_file()
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()

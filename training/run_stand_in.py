@@ -24,8 +24,8 @@ from training.cli.presets import STAND_IN_PRESETS, parse_arguments
 from training.data.arguments import DataArguments
 from training.data.cards import TILES_NEEDED, Cards
 from training.data.sets import load_data
-from training.evaluation.card import format_needs, write_dense_card
-from training.evaluation.report import write_results
+from training.evaluation.card import write_dense_card
+from training.evaluation.report import format_by_canvas, write_results
 from training.evaluation.rows import evaluate_systems
 from training.evaluation.systems import DENSE, System
 from training.learning.output import claimed, field_names, identity, last_checkpoint
@@ -83,7 +83,7 @@ def run(
         for canvas in dict.fromkeys(CANVASES):
             questions = Cards(data.eval_split, data.test_size, canvases=[canvas], families=list(TILES_NEEDED))
             rows.append({"canvas": "{}x{}".format(*canvas), "families": "all"} | row_of(questions))
-            print(f"canvas {rows[-1]['canvas']}\n{format_needs(rows[-1], len(questions), TILES_NEEDED)}")
+        print(format_by_canvas(rows[1:]))
         write_results(output / "results.json", preset, data.dataset, len(test), args.seed, rows, data.eval_split)
         return
     write_results(output / "results.json", preset, data.dataset, len(test), args.seed, [row], data.eval_split)

@@ -28,7 +28,7 @@ def make_layout(grids, side, glance_of=None):
     parts = []
     for image in range(len(grids)):
         parts += [tile for tile in tiles if tile[0] == image] + [(image, -1, -1)]
-    image, row, column = torch.tensor(parts).T
+    image, row, column = torch.tensor(parts).T.contiguous()
     first = torch.searchsorted(image, image)
     return VisualLayout(
         tile_sample=image,

@@ -70,6 +70,18 @@ def format_families(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def format_by_canvas(rows: list[dict]) -> str:
+    """Accuracy of one system by family, a column per row, which names its `canvas`, as a Markdown table."""
+    lines = [f"| family | {' | '.join(row['canvas'] for row in rows)} |", "|---|" + "---|" * len(rows)]
+    for family in rows[0]["by_family"]:
+        found = [row["by_family"].get(family) for row in rows]
+        cells = ["–" if each is None else f"{each['accuracy']:.1%}" for each in found]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    overall = [f"{row['accuracy']:.1%}" for row in rows]
+    lines.append(f"| all | {' | '.join(overall)} |")
+    return "\n".join(lines)
+
+
 def plot_accuracy(rows: list[dict], path: Path):
     """Draw accuracy, with 95 % intervals, against the mean number of visual tokens kept, one point per system."""
     figure = Figure(figsize=(7, 4.5))
