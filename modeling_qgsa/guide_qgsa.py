@@ -122,12 +122,13 @@ def look(model, inputs: dict[str, Any], guidance: Guidance) -> tuple[Request, Pr
     """Prompt and prefill of a guide that looks at what `guidance.view` allows; the rest of `inputs` stays there."""
     config, options = model.config, {}
     layout = VisualLayout.of(config, inputs["input_ids"])
-    if guidance.view == "dense":
+    everything = guidance.view == "dense" or (guidance.view == "selection" and config.selection == "dense")
+    if everything:
         options = dict(KEEP_ALL)
     elif guidance.view == "glance":
         options = {"selection": "before_encoder", "min_tiles": 0, "max_tiles": 0}
         options |= dict.fromkeys(("min_visual_tokens", "max_visual_tokens"), config.tokens_per_tile)
-    if guidance.view == "dense" and guidance.scores == "attention":  # no pointer is needed
+    if everything and guidance.scores == "attention":  # no pointer is needed
         options["visual_token_scores"] = to_samples(
             torch.zeros_like(layout.token_positions, dtype=torch.float), layout
         )

@@ -128,6 +128,17 @@ def test_a_guide_reads_a_batch_as_single_samples(guide, batch, samples, prepare,
         assert torch.allclose(together.sureness[row : row + 1], alone.sureness, atol=1e-5)
 
 
+def test_a_guide_that_selects_everything_looks_at_everything(guide, single):
+    """Calibration sets "dense" where nothing less keeps the answers."""
+    model = copy.deepcopy(guide)
+    model.config.selection = "dense"
+    readings = [
+        ask_guide(each, single | TOKENS, Guidance(view=view))
+        for each, view in ((model, "selection"), (guide, "dense"))
+    ]
+    assert readings[0].seen.all() and torch.equal(readings[0].scores, readings[1].scores)
+
+
 def test_a_glance_encodes_one_tile(guide, single, tiles_encoded):
     with tiles_encoded(guide) as counts:
         ask_guide(guide, single | TOKENS, Guidance(view="glance", exit_threshold=0.5))

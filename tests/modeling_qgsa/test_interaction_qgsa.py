@@ -47,19 +47,23 @@ def rows(inputs, row):
     return texts | {name: inputs[name][row, tiles][None] for name in ("pixel_values", "pixel_attention_mask")}
 
 
+def whole_prompt(model, inputs):
+    """Embeddings of one sample, everything encoded; which of them are visual; the text model in eager attention."""
+    ids = inputs["input_ids"]
+    embeds, visual = model.get_input_embeddings()(ids), ids[0] == model.config.image_token_id
+    embeds[0, visual] = encode_all(model, inputs).flatten(0, 1)
+    text = copy.deepcopy(model.model.text_model)
+    text.set_attn_implementation("eager")
+    return embeds, visual, text
+
+
 @torch.no_grad()
 def reference(model, inputs, scores, layer, new_tokens):
     """Greedy ids, by eager attention over the whole prompt, with dropped tokens hidden from later layers."""
     kept = model.select(**inputs, **WHOLE, **KEPT, visual_token_scores=scores).keep_indices[0]
-    ids = inputs["input_ids"]
-    embeds = model.model.get_input_embeddings()(ids)
-    features = model.model.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
-    features = torch.cat(list(features.pooler_output)).flatten(0, -2)
-    embeds[ids == model.config.image_token_id] = features
-    stays = torch.zeros(ids.shape[1], dtype=torch.bool)
+    embeds, visual, text = whole_prompt(model, inputs)
+    stays = torch.zeros(len(visual), dtype=torch.bool)
     stays[kept] = True
-    text = copy.deepcopy(model.model.text_model)
-    text.set_attn_implementation("eager")
     made = []
     for _ in range(new_tokens):
         length = embeds.shape[1]
@@ -269,11 +273,7 @@ SCHEDULES = ["FFCC", "CCCC", "FCTF", "TTTT", "CFTC", "TFFT"]
 @torch.no_grad()
 def scheduled(model, inputs, schedule, new_tokens):
     """Greedy ids, by eager attention over the whole prompt, with visual tokens that stay or are hidden, by layer."""
-    ids = inputs["input_ids"]
-    embeds, visual = model.get_input_embeddings()(ids), ids[0] == model.config.image_token_id
-    embeds[0, visual] = encode_all(model, inputs).flatten(0, 1)
-    text = copy.deepcopy(model.model.text_model)
-    text.set_attn_implementation("eager")
+    embeds, visual, text = whole_prompt(model, inputs)
     made = []
     for _ in range(new_tokens):
         length = embeds.shape[1]
