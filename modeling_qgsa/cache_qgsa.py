@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .interaction_qgsa import slots_in_use
+from .layered_cache_qgsa import slots_in_use
 from .layout_qgsa import Markers, find_sequence, marker_sequences
 from .outputs_qgsa import Prefill
 

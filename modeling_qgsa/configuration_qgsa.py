@@ -1,6 +1,5 @@
 """Configuration of QGSA-SmolVLM: that of SmolVLM, plus how the question selects the visual tokens."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, TypedDict
@@ -8,6 +7,7 @@ from typing import Any, TypedDict
 import torch
 
 from .compat_qgsa import SmolVLMConfig, strict_config
+from .schedule_qgsa import check_kinds, parse_schedule, vision_share
 
 
 __version__ = "0.2.0"
@@ -21,7 +21,6 @@ MARKERS = (  # fields with the ids of tokens by which images and turns are found
     "user_token_ids",
     "tile_token_ids",
 )
-LAYER_KINDS = ("full", "cross", "text")
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 POINTERS = ("attention", "selector")
 
@@ -107,15 +106,6 @@ def flat(ids: int | list) -> list[int]:
     return [ids] if not isinstance(ids, list) else [number for each in ids for number in flat(each)]
 
 
-def check_kinds(name: str, kinds: Sequence[str], layers: int):
-    """Raise ValueError, naming the field, unless `kinds` has a known kind for each of `layers` layers."""
-    if len(kinds) != layers:
-        raise ValueError(f"{name} ({len(kinds)} layers) must have one kind for each of the {layers} layers")
-    unknown = sorted(set(kinds) - set(LAYER_KINDS))
-    if unknown:
-        raise ValueError(f"{name} ({', '.join(map(repr, unknown))}): choose from {', '.join(LAYER_KINDS)}")
-
-
 def choose_pointer(configured: str, override: str | None = None) -> str:
     """The pointer of one call: the configured one, or its `override`. Raises ValueError for an unknown one."""
     pointer = configured if override is None else override
@@ -163,9 +153,12 @@ class QGSAConfig(SmolVLMConfig):
         vision_layers (`list[str]`, *optional*): how vision takes part in each layer of the text model: `"full"`,
             `"cross"` (text attends to visual tokens that are not updated) or `"text"`; all full by default. Not for
             `"dense"`.
-        vision_ranking (`list[list[int]]`, *optional*): two orders of the layers, least needed first: whose updates of
-            visual tokens can be left out, and which need no visual tokens at all. A `vision_budget` between 0 and 1
-            follows them.
+        vision_schedules (`list[str]`, *optional*): the schedules that this checkpoint serves, a letter per layer (F,
+            C, T), those with less work on visual tokens first. In training each step draws one of them.
+        vision_policy (`bool`, defaults to `False`): whether the complexity of the question chooses among
+            `vision_schedules`; `fit_policy` sets it.
+        vision_ranking (`list[str]`, *optional*): schedules found by `rank_vision_layers`, each with less work on
+            visual tokens than the one before. A `vision_budget` between 0 and 1 chooses among them.
         selector_hidden_size (`int`, defaults to 128): width of the selector.
         selector_layers (`int`, defaults to 2): transformer layers over glance and question.
         selector_heads (`int`, defaults to 4): attention heads per layer.
@@ -207,7 +200,9 @@ class QGSAConfig(SmolVLMConfig):
     keep_tile_markers: bool = False
     calibration: dict[str, Any] | None = None
     vision_layers: list[str] | None = None
-    vision_ranking: list[list[int]] | None = None
+    vision_schedules: list[str] | None = None
+    vision_policy: bool = False
+    vision_ranking: list[str] | None = None
     selector_hidden_size: int = 128
     selector_layers: int = 2
     selector_heads: int = 4
@@ -273,13 +268,19 @@ class QGSAConfig(SmolVLMConfig):
             )
 
     def validate_vision_layers(self):
-        """Check the schedule of the text model's layers; run by `@strict_config` on construction."""
-        layers = self.text_config.num_hidden_layers
+        """Check the schedules of the text model's layers; run by `@strict_config` on construction."""
+        text = self.text_config
         if self.vision_layers is not None:
-            check_kinds("vision_layers", self.vision_layers, layers)
-        ranking = self.vision_ranking
-        if ranking is not None and [sorted(order) for order in ranking] != [list(range(layers))] * 2:
-            raise ValueError(f"vision_ranking must hold two orders of the {layers} layers, 0 .. {layers - 1}")
+            check_kinds("vision_layers", self.vision_layers, text.num_hidden_layers)
+        for name, given in (("vision_schedules", self.vision_schedules), ("vision_ranking", self.vision_ranking)):
+            kinds = [parse_schedule(name, each, text.num_hidden_layers) for each in given or ()]
+            shares = [vision_share(each, text) for each in kinds]
+            if shares != sorted(shares, reverse=name == "vision_ranking"):
+                raise ValueError(f"{name} ({', '.join(given or ())}): must be in the order of their work")
+        if self.vision_policy and not self.vision_schedules:
+            raise ValueError("vision_policy (True): there are no vision_schedules to choose from")
+        if self.vision_policy and self.vision_layers is not None:
+            raise ValueError("vision_policy (True): vision_layers would be ignored; set one of them")
 
     def validate_selector(self):
         """Check that the selector can be built; run by `@strict_config` on construction."""

@@ -8,20 +8,29 @@ in the cache. Sizes as in `layout_qgsa`; L' is the number of positions that reac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from .attention_qgsa import check_reads_4d_masks, project_heads
 from .compat_qgsa import causal_mask, is_checkpointing
-from .configuration_qgsa import LAYER_KINDS, check_kinds
+from .layered_cache_qgsa import (
+    Held,
+    View,
+    check_held,
+    check_lengths,
+    held_by,
+    join_rows,
+    joined_views,
+    note,
+    pad_left,
+    slots_in_use,
+    take_rows,
+)
 from .selection_qgsa import splice
-
-
-NOTE = "qgsa_layers"  # attribute of a cache: what its layers hold has to travel with it, through copies too
 
 
 @dataclass(frozen=True)
@@ -29,80 +38,71 @@ class Interaction:
     """What each layer sees of a prompt.
 
     Args:
-        kinds: of all layers, names in `LAYER_KINDS`.
+        schedules: of every sample, the kinds of all layers, names in `LAYER_KINDS`.
         prune_layer: the number of layers that see all positions.
         kept: `(B, L')` bool, the positions that the others see.
         visual: `(B, L')` bool, which positions are visual tokens.
+        gates: `(B, L')` float, what the relaxed selection of training adds to the attention to each position, at most
+            0; None without one.
     """
 
-    kinds: tuple[str, ...]
+    schedules: tuple[tuple[str, ...], ...]
     prune_layer: int
     kept: torch.Tensor
     visual: torch.Tensor
+    gates: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, request, first: torch.Tensor, stay: torch.Tensor, visual: torch.Tensor) -> "Interaction | None":
+    def of(
+        cls,
+        schedules: Sequence[tuple[str, ...]],
+        prune_layer: int | None,
+        first: torch.Tensor,
+        stay: torch.Tensor,
+        visual: torch.Tensor,
+        gates: torch.Tensor | None = None,
+    ) -> "Interaction | None":
         """What the layers see in one call; None if all of them see everything that reaches the text model.
 
         Args:
-            request: a [`Request`].
+            schedules, prune_layer, gates: as above; None or 0 layers prune before the text model.
             first, stay: `(B, L)` bool, positions of the prompt that the first layers see, and that stay.
             visual: `(B, L)` bool, those of visual tokens.
         """
-        if not request.prune_layer and set(request.schedule) == {"full"}:
+        if not prune_layer and all(set(kinds) == {"full"} for kinds in schedules):
             return None
         (kept, visual), _ = splice(first, (stay, False), (visual, False))
-        return cls(request.schedule, request.prune_layer or len(request.schedule), kept, visual)
+        return cls(tuple(schedules), prune_layer or len(schedules[0]), kept, visual, gates)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of all layers, if the samples have the same."""
+        (kinds,) = set(self.schedules)
+        return kinds
 
     @property
     def views(self) -> list["View"]:
         return [View(kind, number >= self.prune_layer) for number, kind in enumerate(self.kinds)]
 
-    def of_rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kept` and `visual` of each of `rows` rows, several of a sample if beams are searched."""
+    def of_rows(self, rows: int) -> "Interaction":
+        """The same for `rows` rows, several of a sample if beams are searched."""
         repeat = rows // len(self.kept)
-        return self.kept.repeat_interleave(repeat, 0), self.visual.repeat_interleave(repeat, 0)
+        schedules = tuple(kinds for kinds in self.schedules for _ in range(repeat))
+        kept, visual = (each.repeat_interleave(repeat, 0) for each in (self.kept, self.visual))
+        return replace(self, schedules=schedules, kept=kept, visual=visual)
 
-
-class View(NamedTuple):
-    """What a layer sees: its kind, and whether the positions are pruned."""
-
-    kind: str
-    pruned: bool
-
-
-class Held(NamedTuple):
-    """What is noted on a cache whose layers do not all hold every position.
-
-    Args:
-        views: of all layers.
-        slots: number of positions, kept or not, that the attention mask counts up to here.
-        first: number of slots in use in the first layer.
-        shown: by view, the attention mask of the slots in use, `(B, slots of the view)`.
-    """
-
-    views: list[View]
-    slots: int
-    first: int
-    shown: dict[View, torch.Tensor]
-
-    def mask(self, view: View, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The attention mask of the layers with a view, given that of all positions, `(B, slots)`."""
-        shown = self.shown[view].to(attention_mask)
-        shown = shown.repeat_interleave(len(attention_mask) // len(shown), 0)  # beams
-        return torch.cat([shown, attention_mask[:, self.slots :]], 1)
-
-
-def held_by(cache) -> Held | None:
-    """What is noted on `cache`, which may be None; None if all of its layers hold the same, or nothing yet."""
-    noted = None if cache is None else vars(cache).get(NOTE)
-    return noted if noted is not None and any(layer.get_seq_length() for layer in cache.layers) else None
-
-
-def slots_in_use(cache) -> int:
-    """The number of positions that the attention mask of `cache` counts."""
-    held = held_by(cache)
-    return int(cache.get_seq_length()) if held is None else held.slots + int(cache.get_seq_length()) - held.first
+    def groups(self) -> list[tuple[torch.Tensor, "Interaction"]]:
+        """The rows of each schedule, `(n,)` int64, and what the layers see of them."""
+        groups = []
+        for kinds in dict.fromkeys(self.schedules):
+            rows = torch.tensor([row for row, own in enumerate(self.schedules) if own == kinds])
+            rows = rows.to(self.kept.device)
+            gates = None if self.gates is None else self.gates[rows]
+            schedules = (kinds,) * len(rows)
+            groups.append(
+                (rows, replace(self, schedules=schedules, kept=self.kept[rows], visual=self.visual[rows], gates=gates))
+            )
+        return groups
 
 
 def check_prune_layer(layer: int | None, layers: int):
@@ -111,55 +111,6 @@ def check_prune_layer(layer: int | None, layers: int):
         return
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= layers:
         raise ValueError(f"prune_layer ({layer!r}) must be in 0 .. {layers}, the number of layers of the text model")
-
-
-# Schedules
-
-
-LETTERS = {kind[0].upper(): kind for kind in LAYER_KINDS}
-
-
-def cross_share(text_config) -> float:
-    """The work of a cross layer on a visual token, its keys and values, as a share of that of a full layer."""
-    head = text_config.head_dim or text_config.hidden_size // text_config.num_attention_heads
-    keys, queries = 2 * text_config.num_key_value_heads * head, 2 * text_config.num_attention_heads * head
-    return keys / (keys + queries + 3 * text_config.intermediate_size)
-
-
-def schedule_of(config, vision_budget: float | str | Sequence[str] | None = None) -> tuple[str, ...]:
-    """The kinds of all layers, names in `LAYER_KINDS`.
-
-    Args:
-        config: a [`QGSAConfig`]: its `vision_layers` by default.
-        vision_budget: the kinds of one call, in words or as letters ("FFCT"); or the share of the layers' work on
-            visual tokens that is to be done, 0 to 1: updates are left out first, in the order of
-            `config.vision_ranking`, then keys and values.
-
-    Raises ValueError for another number of layers, unknown kinds, a share out of range, and a share on a checkpoint
-    without a ranking.
-    """
-    text = config.text_config
-    layers = text.num_hidden_layers
-    if vision_budget is None:
-        return ("full",) * layers if config.vision_layers is None else tuple(config.vision_layers)
-    if isinstance(vision_budget, str):
-        vision_budget = [LETTERS.get(letter, letter) for letter in vision_budget]
-    if not isinstance(vision_budget, (int, float)):
-        check_kinds("vision_budget", vision_budget, layers)
-        return tuple(vision_budget)
-    if not 0 <= vision_budget <= 1:
-        raise ValueError(f"vision_budget ({vision_budget}) must be in 0 .. 1")
-    if config.vision_ranking is None:
-        raise ValueError(
-            f"vision_budget ({vision_budget}): the layers of this checkpoint were not ranked. Call "
-            'rank_vision_layers, or give a schedule, such as "FFCC" for four layers'
-        )
-    kinds, work = ["full"] * layers, {"full": 1.0, "cross": cross_share(text), "text": 0.0}
-    for kind, order in zip(("cross", "text"), config.vision_ranking):
-        for number in order:
-            if sum(work[each] for each in kinds) > vision_budget * layers + 1e-9:
-                kinds[number] = kind
-    return tuple(kinds)
 
 
 # Layers
@@ -173,10 +124,11 @@ class Stream:
     shown: torch.Tensor
     positions: torch.Tensor
     visual: torch.Tensor
+    gates: torch.Tensor
 
     def take(self, columns: torch.Tensor) -> tuple["Stream", torch.Tensor]:
         """Some `columns`, `(B, n)` bool, padded on the left, and where they come from; -1 in the padding."""
-        fields = (self.hidden, 0.0), (self.shown, 0), (self.positions, 0), (self.visual, False)
+        fields = (self.hidden, 0.0), (self.shown, 0), (self.positions, 0), (self.visual, False), (self.gates, 0.0)
         taken, places = splice(columns & self.shown.bool(), *fields)
         return Stream(*taken), places
 
@@ -186,15 +138,36 @@ class Stream:
         self.hidden = self.hidden.index_put((row, places[row, column]), hidden[row, column])
 
 
-def run_layers(text_model, layers: range, stream: Stream, before: torch.Tensor, cache) -> torch.Tensor:
+def additive_mask(rows: Stream, columns: Stream, before: torch.Tensor) -> torch.Tensor:
+    """What is added to the attention of `rows`, the last ones of `columns`: `(B, 1, rows, slots + columns)`.
+
+    A row sees the columns that do not come after it in the prompt, and itself even if it is padding, so that no row is
+    empty.
+
+    Args:
+        before: `(B, slots)`, attention mask of what the cache holds in front.
+    """
+    seen = columns.shown.bool()[:, None] & (columns.positions[:, None] <= rows.positions[:, :, None])
+    own = torch.arange(rows.hidden.shape[1], device=rows.hidden.device)
+    seen[:, own, columns.hidden.shape[1] - len(own) + own] = True
+    added = torch.cat([torch.zeros_like(before, dtype=columns.gates.dtype), columns.gates], 1)[:, None]
+    seen = torch.cat([before.bool()[:, None].expand(-1, len(own), -1), seen], 2)
+    return torch.where(seen, added, torch.finfo(rows.hidden.dtype).min).to(rows.hidden.dtype)[:, None]
+
+
+def run_layers(text_model, layers: range, stream: Stream, before: torch.Tensor, cache, gated: bool) -> torch.Tensor:
     """Some layers over all columns of a stream: hidden states `(B, n, D)`.
 
     Args:
         before: `(B, slots)`, attention mask of what these layers hold in the cache.
         cache: None, or a cache, which is extended.
+        gated: whether the gates count.
     """
     hidden, shown = stream.hidden, torch.cat([before, stream.shown], 1)
-    mask = causal_mask(text_model, hidden, shown, stream.positions, cache, layers.start)
+    if gated:
+        mask = additive_mask(stream, stream, before)
+    else:
+        mask = causal_mask(text_model, hidden, shown, stream.positions, cache, layers.start)
     rotary = text_model.rotary_emb(hidden, stream.positions)
     options = {"attention_mask": mask, "position_ids": stream.positions, "position_embeddings": rotary}
     for number in layers:
@@ -210,13 +183,8 @@ def run_cross_layers(
     Keys and values of the visual tokens, at their original positions, go into the cache in front of those of the text;
     without a cache into a passing one.
     """
-    rows, shown = text.positions[:, :, None], torch.cat([visual.shown, text.shown], 1).bool()
-    positions = torch.cat([visual.positions, text.positions], 1)
-    seen = shown[:, None] & (positions[:, None] <= rows)
-    own = torch.arange(rows.shape[1], device=rows.device)
-    seen[:, own, visual.positions.shape[1] + own] = True  # padding, too, so that no row is empty
-    seen = torch.cat([before.bool()[:, None].expand(-1, rows.shape[1], -1), seen], 2)[:, None]
-    mask = torch.where(seen, 0.0, torch.finfo(text.hidden.dtype).min).to(text.hidden.dtype)
+    columns = Stream(*(torch.cat([vars(visual)[name], vars(text)[name]], 1) for name in vars(text)))
+    mask = additive_mask(text, columns, before)
     rotary = text_model.rotary_emb(text.hidden, text.positions)
     options = {"attention_mask": mask, "position_ids": text.positions, "position_embeddings": rotary}
     places, hidden = text_model.rotary_emb(visual.hidden, visual.positions), text.hidden
@@ -230,17 +198,25 @@ def run_cross_layers(
     return hidden
 
 
-def run_group(text_model, kind: str, layers: range, stream: Stream, before: torch.Tensor, cache) -> list[torch.Tensor]:
+def run_group(
+    text_model, kind: str, layers: range, stream: Stream, before: torch.Tensor, cache, gated: bool
+) -> list[torch.Tensor]:
     """Run layers of one kind over a stream, in place.
 
     Returns the attention masks of what they add to the cache, `(B, slots)` each, in its order.
     """
     if kind == "full":
-        stream.hidden = run_layers(text_model, layers, stream, before, cache)
+        stream.hidden = run_layers(text_model, layers, stream, before, cache, gated)
         return [stream.shown]
+    if kind == "cross" and text_model.training and is_checkpointing(text_model):
+        # A layer that is checkpointed takes no cache. Over all columns it makes the same of the text, at more cost.
+        for number in layers:
+            hidden = run_layers(text_model, range(number, number + 1), stream, before, None, gated)
+            stream.hidden = torch.where(stream.visual[..., None], stream.hidden, hidden)
+        return []
     text, places = stream.take(~stream.visual)
     if kind == "text":
-        stream.put(run_layers(text_model, layers, text, before, cache), places)
+        stream.put(run_layers(text_model, layers, text, before, cache, gated), places)
         return [text.shown]
     visual, _ = stream.take(stream.visual)
     stream.put(run_cross_layers(text_model, layers, text, visual, before, cache), places)
@@ -258,8 +234,6 @@ def check_inputs(text_model, shown: torch.Tensor, cache, kinds: Sequence[str], o
         raise ValueError(f"past_key_values ({type(cache).__name__}) must be a DynamicCache: layers differ in length")
     if "cross" in kinds:
         check_reads_4d_masks(text_model.config, "text_config", "a cross layer")
-        if text_model.training and is_checkpointing(text_model):
-            raise ValueError("vision_layers (cross): not available with activation checkpointing in training")
 
 
 def read_layers(text_model, text_inputs: dict[str, Any], cache, interaction: Interaction | None, options: dict):
@@ -281,38 +255,68 @@ def read_layers(text_model, text_inputs: dict[str, Any], cache, interaction: Int
     new, use_cache = hidden.shape[1], options.get("use_cache")
     if shown is None:
         shown = positions.new_ones(len(hidden), (0 if cache is None else slots_in_use(cache)) + new)
+    if text_model.training and is_checkpointing(text_model):
+        use_cache = False  # as stock
     if cache is None and (text_model.config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=text_model.config)
-    check_inputs(text_model, shown, cache, () if interaction is None else interaction.kinds, options)
-    held = held_by(cache)
-    views = interaction.views if interaction is not None else held.views if held is not None else []
-    if held is not None and held.views != views:
-        raise ValueError("vision_layers or prune_layer: past_key_values was filled with others")
+    used = () if interaction is None else [kind for kinds in interaction.schedules for kind in kinds]
+    check_inputs(text_model, shown, cache, used, options)
+    interaction = None if interaction is None else interaction.of_rows(len(hidden))
+    if interaction is not None and len(set(interaction.schedules)) > 1:
+        return read_groups(text_model, hidden, shown, positions, cache, interaction)
+    return read_group(text_model, hidden, shown, positions, cache, interaction)
+
+
+def read_groups(text_model, hidden, shown, positions, cache, interaction: Interaction):
+    """`read_layers` for samples of several schedules, which are read in groups; arguments as in `read_group`."""
+    slots, groups, hidden_of, caches, places = shown.shape[1] - hidden.shape[1], interaction.groups(), [], [], []
+    check_held(held_by(cache), joined_views([own.views for _, own in groups]), interaction.schedules)
+    for rows, own in groups:
+        part = None if cache is None else take_rows(cache, rows, own.views, shown[:, :slots], text_model.config)
+        made, part = read_group(text_model, hidden[rows], shown[rows], positions[rows], part, own)
+        hidden_of.append(made)
+        caches.append(part)
+        places.append(rows)
+    order = torch.cat(places).argsort()
+    if cache is not None:
+        join_rows(cache, caches, order, shown.shape[1])
+    return torch.cat(pad_left(hidden_of, -2))[order], cache
+
+
+def read_group(text_model, hidden, shown, positions, cache, interaction: Interaction | None):
+    """`read_layers` for samples of one schedule.
+
+    Args:
+        hidden, shown, positions: `inputs_embeds`, `attention_mask` and `position_ids` of the text model.
+        interaction: that of these rows.
+    """
+    new, held = hidden.shape[1], held_by(cache)
+    views: list[Any] = interaction.views if interaction is not None else held.views if held is not None else []
+    if interaction is not None:
+        check_held(held, views, interaction.schedules)
     before = {view: (shown if held is None else held.mask(view, shown))[:, :-new] for view in set(views)}
     check_lengths(cache, held, before)
-    if interaction is None:
-        kept, visual = torch.ones_like(positions, dtype=torch.bool), torch.zeros_like(positions, dtype=torch.bool)
-    else:
-        kept, visual = (each.to(hidden.device) for each in interaction.of_rows(len(hidden)))
-    stream, pruned, after = Stream(hidden, shown[:, -new:], positions, visual), False, dict(before)
+    kept, visual, gates = torch.ones_like(shown[:, -new:]).bool(), torch.zeros_like(shown[:, -new:]).bool(), None
+    if interaction is not None:
+        kept, visual = interaction.kept.to(hidden.device), interaction.visual.to(hidden.device)
+        gates = interaction.gates
+    neutral = torch.zeros_like(positions, dtype=hidden.dtype)
+    stream = Stream(hidden, shown[:, -new:], positions, visual, neutral if gates is None else gates.to(hidden))
+    pruned, after = False, dict(before)
     for view, group in groupby(range(len(views)), views.__getitem__):
         numbers = list(group)
-        if view.pruned and not pruned:
-            stream, pruned = stream.take(kept)[0], True
-        kind = view.kind if visual.any() else "full"
-        layers = range(numbers[0], numbers[-1] + 1)
-        added = run_group(text_model, kind, layers, stream, before[view], cache)
+        layers, kind = range(numbers[0], numbers[-1] + 1), "full"
+        if interaction is not None:
+            kind = view.kind if visual.any() else "full"
+            if view.pruned and not pruned:
+                stream, pruned = stream.take(kept)[0], True
+        added = run_group(text_model, kind, layers, stream, before[view], cache, gates is not None)
         after[view] = torch.cat([before[view], *added], 1)
-    if cache is not None and interaction is not None:
-        setattr(cache, NOTE, Held(views, shown.shape[1], int(cache.get_seq_length()), after))
-    if not pruned and interaction is not None and interaction.prune_layer == len(views):
+    if interaction is None:
+        return text_model.norm(stream.hidden), cache
+    if cache is not None:
+        first = int(cache.get_seq_length())
+        note(cache, Held(interaction.schedules, list(views), shown.shape[1], first, after))
+    if not pruned and interaction.prune_layer == len(views):
         stream = stream.take(kept)[0]
     return text_model.norm(stream.hidden), cache
-
-
-def check_lengths(cache, held: Held | None, before: dict[View, torch.Tensor]):
-    """Raise ValueError if a layer of `cache` does not hold what is noted on it, because it was cropped."""
-    for number, view in enumerate([] if held is None else held.views):
-        length, expected = int(cache.get_seq_length(number)), before[view].shape[1]
-        if length != expected:
-            raise ValueError(f"past_key_values holds {length} slots of layer {number}, not {expected}: it was cropped")

@@ -29,16 +29,19 @@ from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
-from .interaction_qgsa import Interaction, held_by, read_layers
+from .interaction_qgsa import Interaction, read_layers
+from .layered_cache_qgsa import held_by
 from .layout_qgsa import VisualLayout
 from .outputs_qgsa import Prefill, QGSABaseModelOutputWithPast, QGSACausalLMOutputWithPast
 from .pointer_qgsa import GivenScores, Glance, PointedScores, make_pointer, point_nowhere, pointer_zero
+from .policy_qgsa import choose_schedules, fit_policy
 from .pretrained_qgsa import QGSAPreTrainedModel
 from .prompt_qgsa import check_decoding, check_no_placeholders
 from .ranking_qgsa import rank_vision_layers
 from .readout_qgsa import read_out
 from .relaxation_qgsa import Relaxation, gated_attention_mask
 from .request_qgsa import STOCK_NAMES, BaseModelKwargs, ForwardKwargs, Request, VisualInputs
+from .schedule_qgsa import vision_share
 from .selection_qgsa import (
     QGSASelection,
     choose_tokens,
@@ -78,7 +81,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         assert prompt is not None and layout is not None and question_mask is not None
         glance = encode_tiles(self, request.visual, layout, layout.is_global)
         pointer, pointing = None, point_nowhere(glance)
-        if request.points:
+        if request.points or (self.training and request.trains_pointer):
             question = self.get_input_embeddings()(prompt.input_ids)[layout.image_sample]
             pointer = make_pointer(self, request.pointer, request)
             pointing = pointer.point(question, question_mask | ~question_mask.any(1, keepdim=True), glance)
@@ -131,7 +134,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         on its attention key; the reported selection is the hard one that the same scores give, and the features are
         those of every tile, for the teachers.
         """
-        prompt, budget, visual, layout = request.prompt, request.budget, request.visual, request.layout
+        prompt, budget, layout = request.prompt, request.budget, request.layout
         assert prompt is not None and layout is not None
         check_attention(self, budget, layout, gated=relaxation is not None)
         # glance, point
@@ -144,9 +147,9 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         looked = choose_tokens(budget.selection, scores, layout, m, k)
         tiles = looked.any(1)
         if relaxation is None:
-            features = seen = self.look(glance, visual, looked)
+            features = seen = self.look(glance, request.visual, looked)
         else:
-            features, seen = self.look_at_all(glance, visual, looked, budget.selection == "blocks")
+            features, seen = self.look_at_all(glance, request.visual, looked, budget.selection == "blocks")
         # keep
         token_scores = spread(scores.of_tokens(seen, tiles), tiles)
         kept = stays = top_k_per_image(token_scores, looked, layout, k)
@@ -160,11 +163,14 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         stay = keep_of(stays)
         first = keep_of(looked) if request.prune_layer else stay
         (embeds, mask, positions, *log_gates), held = splice(first, *spliced)
-        interaction = Interaction.of(request, first, stay, prompt.input_ids == self.config.image_token_id)
-        mask = gated_attention_mask(mask, *log_gates) if log_gates else mask
+        schedules = choose_schedules(self, request, glance)
+        visual = prompt.input_ids == self.config.image_token_id
+        interaction = Interaction.of(schedules, request.prune_layer, first, stay, visual, *log_gates)
+        mask = gated_attention_mask(mask, *log_gates) if log_gates and interaction is None else mask
         mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        selection = describe_selection(glance, kept, tiles, splice(stay)[1])
+        shares = embeds.new_tensor([vision_share(kinds, self.config.text_config) for kinds in schedules])
+        selection = describe_selection(glance, kept, tiles, splice(stay)[1], shares)
         return Prefill(text_inputs, selection, glance, features, stay.shape[1], held, interaction)
 
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs):
@@ -206,7 +212,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
         request = Request.take(self.config, rest, past_key_values)
         if request.selects:
-            relaxes = self.training and request.token_scores is None and request.pointer == "selector"
+            relaxes = self.training and request.trains_pointer
             prefill = self.prefill(request, Relaxation.of(request, self.config.keep_tile_markers) if relaxes else None)
             outputs = self.read(prefill.text_inputs, past_key_values, prefill.interaction, rest)
             request.past.note(outputs.past_key_values, prefill)
@@ -375,6 +381,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
 
     calibrate = calibrate_pointer
     rank_vision_layers = rank_vision_layers
+    fit_policy = fit_policy
 
     @torch.no_grad()
     def select(self, input_ids=None, pixel_values=None, **kwargs) -> QGSASelection:

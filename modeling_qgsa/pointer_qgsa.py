@@ -272,7 +272,7 @@ def pointer_zero(pointer: Pointer, hidden: torch.Tensor, config: QGSAConfig) -> 
 class Glance:
     """A batch before any tile is encoded: the pointer, the layout, the global views, and the [`Pointing`]."""
 
-    pointer: Pointer | None  # None if scores are given, and it is not needed
+    pointer: Pointer | None  # None if it is not needed
     layout: VisualLayout
     features: torch.Tensor  # (I, P, D), features of the global views
     question_mask: torch.Tensor  # (I, L) bool, the words that the pointer read
@@ -306,7 +306,8 @@ class PointedScores:
         glance, layout = self.glance, self.glance.layout
         image = layout.tile_image[tiles]
         places = glance.relevance[image].gather(1, token_cells(layout)[tiles])
-        assert glance.pointer is not None
+        if glance.pointer is None:  # everything is kept
+            return places
         return places + glance.pointer.match(glance.question_state[image], features, layout.is_global[tiles])
 
 

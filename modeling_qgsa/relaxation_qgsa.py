@@ -35,10 +35,10 @@ class Relaxation:
 
         Raises ValueError if it goes on with a conversation behind a cache, or prunes between layers.
         """
-        if request.prune_layer is not None or set(request.schedule) != {"full"}:
+        if request.prune_layer is not None:
             raise ValueError(
-                f"prune_layer ({request.prune_layer}) or vision_layers: the relaxed selection of training gates all "
-                "layers alike; give visual_token_scores, or call model.eval()"
+                f"prune_layer ({request.prune_layer}): the relaxed selection of training gates all layers alike; give "
+                "visual_token_scores, or call model.eval()"
             )
         if request.shown is not None:
             raise ValueError(

@@ -11,9 +11,11 @@ from transformers.utils import TransformersKwargs
 from .cache_qgsa import Past
 from .compat_qgsa import encoded_images, tile_features
 from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer
-from .interaction_qgsa import check_prune_layer, schedule_of
+from .interaction_qgsa import check_prune_layer
+from .layered_cache_qgsa import held_by
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Prompt, check_shape, read_question
+from .schedule_qgsa import schedule_of
 
 
 class BaseModelKwargs(LimitKwargs, total=False):
@@ -195,6 +197,14 @@ def check_complexity(complexity: torch.Tensor | None, images: int):
         raise ValueError(f"complexity ranges from {complexity.min()} to {complexity.max()}: it must be in 0 .. 1")
 
 
+def schedules_of(config: QGSAConfig, vision_budget, cache) -> tuple[tuple[str, ...], ...]:
+    """[`Request`]'s `schedules`; those that are left open are the ones of the conversation in the `cache`, if any."""
+    one, held = schedule_of(config, vision_budget), held_by(cache)
+    if one is not None:
+        return (one,)
+    return () if held is None else held.schedules
+
+
 @dataclass(frozen=True)
 class Request:
     """The inputs of one call.
@@ -207,7 +217,8 @@ class Request:
         token_scores: `(B, N)`, scores of all visual tokens that replace the pointer's.
         complexity: `(I,)`, how much of the budget each image needs, in place of the pointer's estimate.
         prune_layer: the number of layers of the text model that see all that was looked at; None for 0.
-        schedule: how vision takes part in each layer of the text model, see `interaction_qgsa`.
+        schedules: how vision takes part in each layer of the text model, see `interaction_qgsa`: of every sample, or
+            one for all; empty if they are still to be chosen among `config.vision_schedules`.
         gumbel_temperature: temperature of the relaxed selection in training.
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
@@ -224,7 +235,7 @@ class Request:
     token_scores: torch.Tensor | None
     complexity: torch.Tensor | None
     prune_layer: int | None
-    schedule: tuple[str, ...]
+    schedules: tuple[tuple[str, ...], ...]
     gumbel_temperature: float
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
@@ -272,7 +283,7 @@ class Request:
             token_scores=given["visual_token_scores"],
             complexity=given["complexity"],
             prune_layer=given["prune_layer"],
-            schedule=schedule_of(config, given["vision_budget"]),
+            schedules=tuple(schedules_of(config, given["vision_budget"], cache)),
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
         if budget.selection == "dense" or visual.missing:
@@ -311,9 +322,26 @@ class Request:
 
     @property
     def points(self) -> bool:
-        """Whether the pointer is needed: not if scores are given, and how much of the budget they may use is known."""
+        """Whether the pointer is needed: not if scores are given, and how much of the budget they may use is known.
+
+        Nor if everything is kept.
+        """
         known = self.complexity is not None or self.budget.is_fixed
-        return self.token_scores is None or not known
+        return (self.token_scores is None or not known) and not self.keeps_everything
+
+    @property
+    def trains_pointer(self) -> bool:
+        """Whether a call in training teaches the pointer, through the relaxed selection."""
+        return self.token_scores is None and self.pointer == "selector"
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether every question gets all tiles, encoded as a whole, and all of their tokens."""
+        assert self.layout is not None
+        tiles = int(self.layout.grids.prod(1).max())
+        every_tile = self.budget.selection == "after_encoder" or self.budget.min_tiles >= tiles
+        whole = self.budget.selection != "blocks"
+        return whole and every_tile and self.budget.min_visual_tokens >= (1 + tiles) * self.layout.tokens_per_tile
 
     @property
     def shows_images(self) -> bool:

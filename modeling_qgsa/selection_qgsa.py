@@ -27,6 +27,7 @@ class QGSASelection(ModelOutput):
         grids (`(I, 2)` int64): rows and columns of each image's tiles; 0 x 0 for an image of a single tile.
         image_sample (`(I,)` int64): the sample to which each image belongs.
         keep_indices (`(B, L')` int64): kept positions of the prompt, -1 in the padding on the left.
+        vision_share (`(B,)` float): the share of the text model's work on a visual token that its layers do, 0 to 1.
     """
 
     kept_tokens: torch.Tensor | None = None
@@ -38,6 +39,7 @@ class QGSASelection(ModelOutput):
     grids: torch.Tensor | None = None
     image_sample: torch.Tensor | None = None
     keep_indices: torch.Tensor | None = None
+    vision_share: torch.Tensor | None = None
 
 
 # Scores to tiles and tokens
@@ -152,14 +154,16 @@ def splice(keep: torch.Tensor, *tensors: tuple[torch.Tensor, float]) -> tuple[li
     return taken, keep_indices
 
 
-def describe_selection(glance, kept: torch.Tensor, tiles: torch.Tensor, keep_indices: torch.Tensor) -> QGSASelection:
+def describe_selection(
+    glance, kept: torch.Tensor, tiles: torch.Tensor, keep_indices: torch.Tensor, vision_share: torch.Tensor
+) -> QGSASelection:
     """The selection by sample.
 
     Args:
         glance: a [`Glance`].
         kept: `(T, P)` bool, the visual tokens kept.
         tiles: `(T,)` bool, the tiles encoded.
-        keep_indices: as in `QGSASelection`.
+        keep_indices, vision_share: as in `QGSASelection`.
     """
     layout, side = glance.layout, round(glance.layout.tokens_per_tile**0.5)
     kept_tokens = to_samples(kept, layout)
@@ -174,4 +178,5 @@ def describe_selection(glance, kept: torch.Tensor, tiles: torch.Tensor, keep_ind
         grids=layout.grids,
         image_sample=layout.image_sample,
         keep_indices=keep_indices,
+        vision_share=vision_share,
     )

@@ -78,6 +78,7 @@ def test_a_file_of_the_model_imports_only_files_above_it(name):
         "dataclasses",
         "functools",
         "hashlib",
+        "heapq",
         "inspect",
         "itertools",
         "json",

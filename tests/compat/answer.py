@@ -99,6 +99,15 @@ def differing_layers(model, inputs, **options) -> list:
     return [second.tolist(), model.generate(**inputs, **options, num_beams=2).tolist()]
 
 
+def chosen_layers(model, inputs) -> list:
+    """`differing_layers` of two samples that a policy reads with different schedules."""
+    config = model.config
+    config.vision_schedules, config.vision_policy = ["CTTTTT", "FFCCCT"], True
+    found = differing_layers(model, inputs, complexity=torch.tensor([0.0, 1.0]))
+    config.vision_schedules, config.vision_policy = None, False
+    return found
+
+
 def load_former(former: str, inputs) -> dict:
     """What becomes of weights that have their former names, loaded, saved and loaded again."""
     found = {"missing": [], "logits": []}
@@ -135,6 +144,7 @@ def main(folder: str, former: str, image: str, output: str):
         "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),
         "pruned": differing_layers(model, batch, prune_layer=2),
         "scheduled": differing_layers(model, batch, vision_budget="FCTFCC"),
+        "policy": chosen_layers(model, batch),
         "dense": positions_of(model, single, selection="dense"),
         "answers": processor.batch_decode(
             model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

@@ -1,8 +1,28 @@
 """Fixtures of the tests of the model."""
 
+import copy
+
 import pytest
+import torch
 
 from training.data.collator import QuestionCollator
+
+
+@pytest.fixture(scope="session")
+def make_deep(make_dense, make_model):
+    """Makes a model of four layers that points with its attention; `change` may alter the dense one before."""
+
+    def make(change=lambda dense: None, **fields):
+        dense = make_dense()
+        config = copy.deepcopy(dense.config)
+        config.text_config.num_hidden_layers = 4
+        torch.manual_seed(3)
+        dense = type(dense)._from_config(config, attn_implementation="sdpa").eval()
+        dense.generation_config.pad_token_id = config.text_config.pad_token_id
+        change(dense)
+        return make_model(dense, pointer="attention", keep_tile_markers=True, **fields)
+
+    return make
 
 
 @pytest.fixture

@@ -8,28 +8,20 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_qgsa import QGSAConfig
-from modeling_qgsa.interaction_qgsa import cross_share, schedule_of
 from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.request_qgsa import Request
+from modeling_qgsa.schedule_qgsa import cross_share, schedule_of, shortlist
 from training.methods.method import encode_all
 
 
-LAYERS = 4
 WHOLE = {"selection": "after_encoder"}
 EVERYTHING = {"min_visual_tokens": 9999, "max_visual_tokens": 9999}
 KEPT = {"min_visual_tokens": 7, "max_visual_tokens": 7}
 
 
 @pytest.fixture(scope="module")
-def deep(make_dense, make_model):
-    """A model of four layers."""
-    dense = make_dense()
-    config = copy.deepcopy(dense.config)
-    config.text_config.num_hidden_layers = LAYERS
-    torch.manual_seed(3)
-    dense = type(dense)._from_config(config, attn_implementation="sdpa").eval()
-    dense.generation_config.pad_token_id = config.text_config.pad_token_id
-    return make_model(dense, pointer="attention", keep_tile_markers=True)
+def deep(make_deep):
+    return make_deep()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +91,7 @@ def test_layer_0_prunes_before_the_text_model(deep, batch, scores, selection):
 
 
 def test_everything_kept_is_dense_bit_for_bit(deep, single, batch):
-    most = {"min_tiles": 99, "max_tiles": 99, "prune_layer": LAYERS}
+    most = {"min_tiles": 99, "max_tiles": 99, "prune_layer": 4}
     dense, padded = (deep(**inputs, selection="dense").logits for inputs in (single, batch))
     features = encode_all(deep, single)  # all at once, as stock encodes them
     shown = batch["attention_mask"].bool()
@@ -109,7 +101,7 @@ def test_everything_kept_is_dense_bit_for_bit(deep, single, batch):
 
 
 def test_behind_the_last_layer_nothing_is_pruned(deep, batch, scores):
-    options = WHOLE | KEPT | {"visual_token_scores": scores, "prune_layer": LAYERS}
+    options = WHOLE | KEPT | {"visual_token_scores": scores, "prune_layer": 4}
     assert torch.equal(
         deep.generate(**batch, **options, max_new_tokens=4),
         deep.generate(**batch, selection="dense", max_new_tokens=4),
@@ -405,9 +397,9 @@ def test_gradients_reach_what_takes_part(deep, single):
     assert gradient is None or not gradient.any()
 
 
-def test_a_share_of_the_work_follows_the_ranking(deep):
+def test_a_share_of_the_work_chooses_among_schedules(deep):
     config = copy.deepcopy(deep.config)
-    config.vision_ranking = [[3, 1, 2, 0], [0, 3, 2, 1]]
+    config.vision_ranking = ["FFFF", "FFFC", "FCFC", "CCFC", "CCCC", "CCCT", "TCCT", "TTTT"]
     share = cross_share(config.text_config)
     assert schedule_of(config, 1.0) == ("full",) * 4
     assert schedule_of(config, (3 + share) / 4) == ("full", "full", "full", "cross")
@@ -415,6 +407,14 @@ def test_a_share_of_the_work_follows_the_ranking(deep):
     assert schedule_of(config, share) == ("cross",) * 4
     assert schedule_of(config, share / 2) == ("text", "cross", "cross", "text")
     assert schedule_of(config, 0.0) == ("text",) * 4
+    assert shortlist(config, [1, 0.6, 0.57, share]) == ["CCCC", "FCFC", "FFFF"]
+    config.vision_schedules = ["CCCC", "FFFC"]
+    assert schedule_of(config, 0.9) == ("full", "full", "full", "cross")
+    assert schedule_of(config, 0.5) == ("cross",) * 4
+    assert schedule_of(config, 0.0) == ("text",) * 4  # what was trained is preferred, not enforced
+    config.vision_ranking = None
+    with pytest.raises(ValueError, match=r"vision_budget \(0.0\) must be at least 0\.\d+, the least"):
+        schedule_of(config, 0.0)
 
 
 def test_cross_layers_cost_keys_and_values():
@@ -425,7 +425,7 @@ def test_cross_layers_cost_keys_and_values():
 
 def test_the_schedule_of_the_config_is_saved(deep, single, tmp_path):
     model = copy.deepcopy(deep)
-    model.config.vision_layers, model.config.vision_ranking = ["full", "cross", "text", "cross"], [[3, 2, 1, 0]] * 2
+    model.config.vision_layers, model.config.vision_ranking = ["full", "cross", "text", "cross"], ["FFFF", "FCCT"]
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     expected = deep.generate(**single, vision_budget="FCTC", max_new_tokens=4)
@@ -453,19 +453,25 @@ def test_bad_schedules(deep, single, budget, complaint):
 def test_bad_schedules_of_a_config():
     with pytest.raises(Exception, match=r"vision_layers \(2 layers\)"):
         QGSAConfig(vision_layers=["full", "cross"])
-    with pytest.raises(Exception, match="vision_ranking must hold two orders"):
-        QGSAConfig(vision_ranking=[[0, 1], [1, 0]])
+    layers = QGSAConfig().text_config.num_hidden_layers
+    full, cross = "F" * layers, "C" * layers
+    with pytest.raises(Exception, match=r"vision_ranking \(2 layers\)"):
+        QGSAConfig(vision_ranking=["FF"])
+    with pytest.raises(Exception, match="vision_ranking .* order of their work"):
+        QGSAConfig(vision_ranking=[cross, full])
+    with pytest.raises(Exception, match="vision_schedules .* order of their work"):
+        QGSAConfig(vision_schedules=[full, cross])
+    with pytest.raises(Exception, match=r"vision_policy \(True\): there are no vision_schedules"):
+        QGSAConfig(vision_policy=True)
+    with pytest.raises(Exception, match=r"vision_policy \(True\): vision_layers"):
+        QGSAConfig(vision_policy=True, vision_schedules=[cross, full], vision_layers=["full"] * layers)
 
 
-def test_what_cannot_read_a_mask_is_refused(deep, single, scores, monkeypatch):
+def test_what_cannot_read_a_mask_is_refused(deep, single, scores):
     given = {"visual_token_scores": scores[:1], **WHOLE, **EVERYTHING, "vision_budget": "FCCC"}
     model = copy.deepcopy(deep)
     model.model.text_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="a cross layer"):
-        model(**single, **given)
-    model = copy.deepcopy(deep).train()
-    monkeypatch.setattr("modeling_qgsa.interaction_qgsa.is_checkpointing", lambda model: True)
-    with pytest.raises(ValueError, match="activation checkpointing"):
         model(**single, **given)
 
 

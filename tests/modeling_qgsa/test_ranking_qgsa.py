@@ -5,24 +5,22 @@ import copy
 import pytest
 import torch
 
-from modeling_qgsa.interaction_qgsa import schedule_of
-from modeling_qgsa.ranking_qgsa import divergences, one_layer
+from modeling_qgsa.ranking_qgsa import divergence, leave_out, read_prompt
+from modeling_qgsa.schedule_qgsa import letters_of, parse_schedule, schedule_of
 
 
 @pytest.fixture(scope="module")
-def deep(make_dense, make_model):
-    """A model of four layers, of which the third updates nothing, and the second attends to nothing."""
-    config = copy.deepcopy(make_dense().config)
-    config.text_config.num_hidden_layers = 4
-    torch.manual_seed(3)
-    dense = type(make_dense())._from_config(config, attn_implementation="sdpa").eval()
-    dense.generation_config.pad_token_id = config.text_config.pad_token_id
-    with torch.no_grad():
-        layer = dense.model.text_model.layers[2]
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-        dense.model.text_model.layers[1].self_attn.o_proj.weight.zero_()
-    return make_model(dense, pointer="attention", keep_tile_markers=True)
+def deep(make_deep):
+    """Its third layer updates nothing, and its second one attends to nothing."""
+
+    @torch.no_grad()
+    def change(dense):
+        layers = dense.model.text_model.layers
+        layers[2].self_attn.o_proj.weight.zero_()
+        layers[2].mlp.down_proj.weight.zero_()
+        layers[1].self_attn.o_proj.weight.zero_()
+
+    return make_deep(change)
 
 
 @pytest.fixture
@@ -33,24 +31,40 @@ def samples(make_image):
 def test_layers_without_effect_come_first(deep, samples, processor):
     model = copy.deepcopy(deep)
     found = model.rank_vision_layers(samples, processor)
-    assert found["updates"][2] == pytest.approx(0, abs=1e-6) and found["nothing"][2] == pytest.approx(0, abs=1e-6)
-    # Where nothing is attended to, keys and values do not matter, but what the MLP makes of visual tokens does.
-    assert found["nothing"][1] == pytest.approx(found["updates"][1], abs=1e-6) and found["updates"][1] > 1e-6
-    assert [order[0] for order in model.config.vision_ranking] == [2, 2]
-    assert schedule_of(model.config, 0.9) == one_layer("cross", 2, 4)
+    assert found["updates"][2] == pytest.approx(0, abs=1e-6) and min(found["updates"]) == found["updates"][2]
+    assert found["schedules"][:2] == ["FFFF", "FFCF"] and found["schedules"][-1] == "TTTT"
+    assert model.config.vision_ranking == found["schedules"] and len(found["divergence"]) == 9
+    # Nothing attends to the keys of the second layer: once its updates are left out, so are they at no harm.
+    number = next(n for n, each in enumerate(found["schedules"]) if each[1] == "T")
+    assert found["divergence"][number] == pytest.approx(found["divergence"][number - 1], abs=1e-6)
+    assert schedule_of(model.config, 0.9) == ("full", "full", "cross", "full")
 
 
 def test_divergences_are_those_of_forward(deep, prepare, samples):
     inputs = prepare((samples[0]["question"], [samples[0]["image"]]))
-    schedules = ["FCFF", "TTTT"]
-    kinds = {"F": "full", "C": "cross", "T": "text"}
-    found = divergences(deep, inputs, [[kinds[letter] for letter in schedule] for schedule in schedules])
+    readings = [read_prompt(deep, inputs)]
     with torch.no_grad():
         full, *others = (
-            deep(**inputs, vision_budget=each).logits[0, -1].log_softmax(0) for each in ("FFFF", *schedules)
+            deep(**inputs, vision_budget=each).logits[0, -1].log_softmax(0) for each in ("FFFF", "FCFF", "TTTT")
         )
-    expected = [float((full.exp() * (full - other)).sum()) for other in others]
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    for letters, other in zip(("FCFF", "TTTT"), others):
+        found = divergence(deep, readings, parse_schedule("schedule", letters, 4))
+        assert found == pytest.approx(float((full.exp() * (full - other)).sum()), abs=1e-4)
+
+
+def test_steps_go_where_harm_is_least():
+    """Against all steps measured anew each time, for a harm in which steps add up to more than their sum."""
+    weights = {0: 5.0, 1: 1.0, 2: 3.0}
+    calls = []
+
+    def harm(kinds):
+        calls.append(kinds)
+        gone = [weights[n] * (1.0 if kind == "cross" else 1.5) for n, kind in enumerate(kinds) if kind != "full"]
+        return sum(gone) + 0.1 * len(gone) ** 2
+
+    found = [letters_of(kinds) for kinds, _ in leave_out(harm, {"cross": 0.9, "text": 0.1}, 3)]
+    assert found == ["FCF", "FCC", "FTC", "CTC", "CTT", "TTT"]
+    assert len(calls) < 15  # every open step anew each time: 3 + 3 + 3 + 2 + 2 + 1 and more
 
 
 @pytest.mark.parametrize("selection", ["dense", "after_encoder", "blocks"])
@@ -58,7 +72,7 @@ def test_every_selection_can_be_ranked(deep, samples, processor, selection):
     model = copy.deepcopy(deep)
     model.config.selection = selection
     found = model.rank_vision_layers(samples[:1], processor)
-    assert all(value >= -1e-6 for values in found.values() for value in values)
+    assert all(value >= -1e-6 for value in found["updates"] + found["divergence"])
 
 
 def test_bad_samples_change_nothing(deep, samples, processor):

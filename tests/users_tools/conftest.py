@@ -15,7 +15,8 @@ from training.data.collator import QuestionCollator
 
 HUB = Path(__file__).parents[2] / "hub_cards"
 OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.")
-VARIANTS = ("dense", "before_encoder", "blocks", "after_encoder")
+VARIANTS = ("dense", "before_encoder", "blocks", "after_encoder", "scheduled")
+SCHEDULE = ["full", "full", "cross", "cross", "cross", "text"]  # of "scheduled", which selects before the encoder
 QUESTIONS = {"what shape is on the red card?": "moon", "how many cards are there?": "seven"}
 
 
@@ -43,7 +44,9 @@ def make_kind(shipped, stock):
 
     def make(kind):
         model = copy.deepcopy(stock if kind == "stock" else shipped)
-        if kind != "stock":
+        if kind == "scheduled":
+            model.config.vision_layers = SCHEDULE
+        elif kind != "stock":
             model.config.selection = kind
         return model
 

@@ -62,7 +62,10 @@ def load(hub: Path, kind: str):
     if kind == "stock":
         return AutoModelForImageTextToText.from_pretrained(hub / "tiny-dense")
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(hub / "tiny-qgsa")
-    model.config.selection = kind
+    if kind == "scheduled":  # each step draws a schedule
+        model.config.vision_schedules = ["CCCCTT", "FFCCCC", "FFFFFF"]
+    else:
+        model.config.selection = kind
     return model
 
 
