@@ -3,6 +3,8 @@
 Tests compare the formulas with `count_flops`, to within 0.1 %.
 """
 
+from collections.abc import Sequence
+
 from modeling_qgsa.pointer_qgsa import attention_layers
 
 
@@ -34,6 +36,52 @@ def text_flops(config, new: int, seen: int = 0) -> int:
     projections = 2 * new * text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
     attention = 4 * new * (seen + new) * queries
     return text.num_hidden_layers * (projections + attention) + 2 * text.hidden_size * text.vocab_size
+
+
+def schedule_flops(
+    config, kinds: Sequence[str], visual: int, words: int, new_tokens: int = 1, pruned: tuple[int, int] | None = None
+) -> dict[str, int]:
+    """FLOPs of the text model for one answer, if its layers differ in how vision takes part.
+
+    Args:
+        kinds: of all layers, "full", "cross" or "text".
+        visual: number of visual tokens in the prompt.
+        words: number of other tokens.
+        new_tokens: number of answer tokens.
+        pruned: `(layer, kept)`, the number of layers that see all visual tokens, and how many the others see.
+
+    Returns `prefill` with one row of logits, `decode` of the remaining tokens, and `visual`, the part of both that
+    would be missing without visual tokens.
+    """
+    text = config.text_config
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    whole = 2 * text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    head_of_text = 2 * text.hidden_size * text.vocab_size
+    layer, kept = pruned or (len(kinds), visual)
+    prefill, decode, without = head_of_text, (new_tokens - 1) * head_of_text, head_of_text * new_tokens
+    for number, kind in enumerate(kinds):
+        shown = {"full": visual, "cross": visual, "text": 0}[kind] if number < layer else {"text": 0}.get(kind, kept)
+        rows = words + shown * (kind == "full")
+        prefill += rows * whole + 4 * rows * (words + shown) * queries
+        prefill += 2 * shown * text.hidden_size * 2 * keys * (kind == "cross")
+        without += words * whole + 4 * words**2 * queries
+        for step in range(1, new_tokens):
+            decode += whole + 4 * (words + shown + step) * queries
+            without += whole + 4 * (words + step) * queries
+    return {"prefill": prefill, "decode": decode, "visual": prefill + decode - without}
+
+
+def cache_bytes(config, kinds: Sequence[str], visual: int, words: int, size: int = 4) -> int:
+    """Bytes of keys and values that the text model holds of one prompt; arguments as in `schedule_flops`.
+
+    Args:
+        size: bytes of a number.
+    """
+    text = config.text_config
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    slots = sum(words + (0 if kind == "text" else visual) for kind in kinds)
+    return slots * 2 * text.num_key_value_heads * head * size
 
 
 def selector_flops(config, question: int, tiles: int) -> int:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
 from training.cli.arguments import check_source
 from training.methods import METHODS
+from training.methods.schedules import evenly
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Timed:
         split: whether high-resolution tiles are cut in addition to the global view.
         method: selection method of `training/methods`; None leaves the scores to the pointer.
         pointer: pointer of QGSA, "selector" or "attention".
+        full_layers: share of the text model's layers that update visual tokens, evenly spaced; the others only look at
+            them (VISOR). None for all.
+        keeps_all: whether every tile is encoded and every token kept, in place of the budget of the workload.
     """
 
     model: str
@@ -32,12 +36,20 @@ class Timed:
     split: bool = True
     method: str | None = None
     pointer: str = "selector"
+    full_layers: float | None = None
+    keeps_all: bool = False
+
+    def schedule(self, layers: int) -> str:
+        """How vision takes part in `layers` layers of the text model, in letters."""
+        return evenly(layers if self.full_layers is None else max(1, round(self.full_layers * layers)), layers)
 
     @property
     def lazy(self) -> bool:
         """Whether tiles are cut only when the model encodes them."""
         return self.selection in ("before_encoder", "blocks")
 
+
+VISOR_LAYERS = 1 / 15  # an eighth of the work on visual tokens, with what cross layers do
 
 SYSTEMS = {
     "dense": Timed("stock"),
@@ -53,6 +65,8 @@ SYSTEMS = {
     "qgsa-attention": Timed("fast", "before_encoder", pointer="attention"),
     "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
     "qgsa-blocks": Timed("fast", "blocks"),
+    "visor": Timed("fast", "after_encoder", full_layers=VISOR_LAYERS, keeps_all=True),
+    "qgsa+visor": Timed("fast", "before_encoder", full_layers=VISOR_LAYERS),
 }
 FORMER_NAMES = {"dense-tuned": "dense-fast"}
 

@@ -10,11 +10,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.configuration_qgsa import MAX_BUDGET
 from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
+from modeling_qgsa.schedule_qgsa import parse_schedule
 from modeling_qgsa.selection_qgsa import QGSASelection, positions_to_keep
 from modeling_qgsa.vision_qgsa import encode_blocks
 from training.costs.counter import count_flops
-from training.costs.formula import estimate_flops
+from training.costs.formula import cache_bytes, estimate_flops, schedule_flops
 from training.costs.meter import PARTS, fixed_length, now, peak_memory, time_answer, weight_bytes
 from training.costs.systems import SYSTEMS
 from training.methods import METHODS
@@ -92,13 +94,15 @@ class Runner:
     def options(self) -> dict:
         """Options of `generate` that set the selection and its budget."""
         if self.system.selection != "dense":
+            tokens = MAX_BUDGET if self.system.keeps_all else self.workload.tokens
             return {
                 "selection": self.system.selection,
                 "pointer": self.system.pointer,
                 "min_tiles": self.workload.tiles,
                 "max_tiles": self.workload.tiles,
-                "min_visual_tokens": self.workload.tokens,
-                "max_visual_tokens": self.workload.tokens,
+                "min_visual_tokens": tokens,
+                "max_visual_tokens": tokens,
+                "vision_budget": self.system.schedule(self.model.config.text_config.num_hidden_layers),
             }
         ours = isinstance(self.model, QGSASmolVLMForConditionalGeneration)
         return {"selection": "dense"} if ours else {}
@@ -151,14 +155,15 @@ class Runner:
             tokens, looked = (float(n.float().mean()) for n in (selection.visual_tokens, selection.tiles))
             length = float((selection.keep_indices >= 0).sum()) / samples
             flops = self.selected_flops(inputs, selection, per_tile)
-        text = config.text_config
-        head = text.hidden_size // text.num_attention_heads
-        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head * self.model.lm_head.weight.itemsize
+        kinds = parse_schedule(
+            "", self.system.schedule(config.text_config.num_hidden_layers), config.text_config.num_hidden_layers
+        )
+        words = length - tokens + self.workload.new_tokens - 1
         return {
             "visual_tokens_mean": tokens,
             "tiles_mean": looked,
             "flops": {part: sum(cost[part] for cost in flops) / samples for part in flops[0]},
-            "kv_cache_bytes": cached * (length + self.workload.new_tokens - 1),
+            "kv_cache_bytes": cache_bytes(config, kinds, tokens, words, self.model.lm_head.weight.itemsize),
             "prompt_tokens": length,
         }
 
@@ -170,12 +175,28 @@ class Runner:
         questions, glances, flops = asked.sum(1).tolist(), self.glances(inputs), []
         for tiles, length, question, glance in zip(selection.tiles.tolist(), lengths, questions, glances):
             blocks = ()
+            if self.system.keeps_all:  # nothing points
+                question = None
             if self.system.selection == "blocks" and tiles:  # their distribution over the tiles does not matter
                 blocks = (min(self.workload.tokens, tiles * per_tile) - tiles + 1, *[1] * (tiles - 1))
             whole = 1 + tiles - len(blocks)
             sizes = (whole, length, self.workload.new_tokens, question, blocks, glance)
             flops.append(estimate_flops(self.model.config, *sizes))
+        for cost, length, tokens in zip(flops, lengths, selection.visual_tokens.tolist()):
+            self.leave_out(cost, tokens, length - tokens)
         return flops
+
+    def leave_out(self, cost: dict[str, int], tokens: int, words: int):
+        """Take from the FLOPs of a question, in place, what layers that do not update visual tokens leave out."""
+        config, new = self.model.config, self.workload.new_tokens
+        layers = config.text_config.num_hidden_layers
+        full, own = (
+            schedule_flops(config, parse_schedule("", letters, layers), tokens, words, new)
+            for letters in ("F" * layers, self.system.schedule(layers))
+        )
+        for part in ("prefill", "decode"):
+            cost[part] += own[part] - full[part]
+            cost["total"] += own[part] - full[part]
 
     def glances(self, inputs: dict) -> list[int | None]:
         """Number of prompt tokens of each question that the attention pointer reads; None for the selector."""
@@ -242,7 +263,8 @@ def add_overhead(rows: list[dict], runners: list[Runner], batches: list[list]):
     seconds of the whole answer, without processing, divided by `alone`.
     """
     for row, runner in zip(rows, runners):
-        if not runner.system.lazy or runner.system.edge == "native":  # at native size images differ in tiles
+        system = runner.system
+        if not system.lazy or system.edge == "native" or system.full_layers:  # at native size images differ in tiles
             continue
         row["alone"] = seconds_alone(runner, row, len(batches), len(batches[0]))
         row["overhead"] = (row["seconds_median"] - row["seconds"]["processing"]) / row["alone"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from training.evaluation.report import delta_cell
+from training.evaluation.report import delta_cell, format_by_family
 
 
 BY_FAMILY = (
@@ -45,12 +45,7 @@ def format_guided(rows: list[dict]) -> str:
 def format_guided_families(rows: list[dict]) -> str:
     """Accuracy of some of the rows by family, as a Markdown table."""
     shown = [row for row in rows if row["system"] in BY_FAMILY]
-    families = list(shown[0]["by_family"])
-    lines = [f"| system | {' | '.join(families)} |", "|---|" + "---|" * len(families)]
-    for row in sorted(shown, key=lambda row: BY_FAMILY.index(row["system"])):
-        cells = " | ".join(f"{row['by_family'][family]['accuracy']:.1%}" for family in families)
-        lines.append(f"| {row['system']} | {cells} |")
-    return "\n".join(lines)
+    return format_by_family(sorted(shown, key=lambda row: BY_FAMILY.index(row["system"])))
 
 
 def format_exits(rows: list[dict]) -> str:

@@ -70,6 +70,16 @@ def format_families(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def format_by_family(rows: list[dict]) -> str:
+    """Accuracy of every system by family, a column each, as a Markdown table."""
+    families = list(rows[0]["by_family"])
+    lines = [f"| system | {' | '.join(families)} |", "|---|" + "---|" * len(families)]
+    for row in rows:
+        cells = " | ".join(f"{row['by_family'][family]['accuracy']:.1%}" for family in families)
+        lines.append(f"| {row['system']} | {cells} |")
+    return "\n".join(lines)
+
+
 def format_by_canvas(rows: list[dict]) -> str:
     """Accuracy of one system by family, a column per row, which names its `canvas`, as a Markdown table."""
     lines = [f"| family | {' | '.join(row['canvas'] for row in rows)} |", "|---|" + "---|" * len(rows)]

@@ -46,6 +46,7 @@ def make_row(name: str, answers: Answers, samples: list[dict], grades: np.ndarra
             for family in sorted(set(families))
         },
         "grounding": grounding_of(answers, samples),
+        "vision_share_mean": float(np.mean(answers.vision_shares)),
         "seconds_median": median(answers.seconds),
     }
     return row

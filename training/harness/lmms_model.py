@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.schedule_qgsa import schedule_of
 
 
 MAX_NEW_TOKENS = 1024  # if the task sets none, as in lmms-eval's own models
@@ -31,6 +32,7 @@ class QGSASmolVLM(lmms):
         pretrained: a QGSA checkpoint, Hub id or folder. It runs with this project's code, not the checkpoint's own.
         batch_size: number of questions per batch.
         device: such as `"cuda:1"`; by default this process's GPU, or the CPU.
+        vision_budget: how vision takes part in the layers of the text model, such as 0.5 or "FFCC"; see `schedule_of`.
         budget: overrides of the checkpoint's selection and budgets, such as `max_tiles=4`; see `QGSAConfig`.
 
     Raises TypeError for an unknown budget option, ValueError for an invalid budget.
@@ -38,12 +40,22 @@ class QGSASmolVLM(lmms):
 
     is_simple = False  # takes chat messages
 
-    def __init__(self, pretrained: str, batch_size: int = 1, device: str | None = None, **budget):
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int = 1,
+        device: str | None = None,
+        vision_budget: float | str | None = None,
+        **budget,
+    ):
         super().__init__()
         self.device = torch.device(device) if device else PartialState().device
         self.batch_size, self.budget = int(batch_size), budget
         model = QGSASmolVLMForConditionalGeneration.from_pretrained(pretrained)
         Budget.of(model.config, **budget)
+        schedule_of(model.config, vision_budget)
+        if vision_budget is not None:
+            self.budget["vision_budget"] = vision_budget
         self.model = model.to(self.device).eval()
         self.processor = QGSAProcessor.from_pretrained(pretrained, backend="pil")
 

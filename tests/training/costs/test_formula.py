@@ -8,13 +8,16 @@ from modeling_qgsa.conversion_qgsa import config_of_dense
 from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.request_qgsa import Request
+from modeling_qgsa.schedule_qgsa import parse_schedule
 from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep
 from training.costs.counter import count_flops
 from training.costs.formula import (
     answer_table,
+    cache_bytes,
     estimate_flops,
     format_tables,
     paper_table,
+    schedule_flops,
     selector_flops,
     text_flops,
     vision_flops,
@@ -121,3 +124,35 @@ def test_the_table_of_answers(published):
     assert blocks["total"] < before["total"] < after["total"] < dense["total"]
     table = format_tables({"256m": published})
     assert "| 576 | 1296 | 98.7% | 76 |" in table and "| 256m | dense | " in table
+
+
+@pytest.mark.parametrize("letters", ["FF", "FC", "CT", "TT", "TC"])
+def test_schedules(make_model, inputs, letters):
+    model = make_model(pointer="attention")
+    kinds = parse_schedule("", letters, 2)
+    everything = {"selection": "after_encoder", "min_visual_tokens": 9999, "max_visual_tokens": 9999}
+    counted = count_flops(model, inputs, 5, **everything, vision_budget=letters)
+    visual = 17 * 16
+    words = inputs["input_ids"].shape[1] - visual
+    expected = schedule_flops(model.config, kinds, visual, words, 5)
+    for part in ("prefill", "decode"):
+        assert counted[part] == pytest.approx(expected[part], rel=1e-3), part
+    without = count_flops(model, inputs, 5, **everything, vision_budget="TT")
+    difference = counted["total"] - counted["vision"] - without["total"] + without["vision"]
+    assert difference == pytest.approx(expected["visual"], rel=1e-3, abs=1e4)
+    with torch.no_grad():
+        cache = model(**inputs, **everything, vision_budget=letters).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(model.config, kinds, visual, words) == held
+
+
+def test_pruning_behind_a_layer(make_model, inputs):
+    model = make_model(pointer="attention", keep_tile_markers=True)
+    visual, kept = 17 * 16, 20
+    words = inputs["input_ids"].shape[1] - visual
+    scores = torch.rand(1, visual, generator=torch.Generator().manual_seed(0))
+    options = {"selection": "after_encoder", "prune_layer": 1, "visual_token_scores": scores, **BUDGET}
+    counted = count_flops(model, inputs, 5, **options)
+    expected = schedule_flops(model.config, ("full", "full"), visual, words, 5, (1, kept))
+    for part in ("prefill", "decode"):
+        assert counted[part] == pytest.approx(expected[part], rel=1e-3), part

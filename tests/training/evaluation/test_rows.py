@@ -23,6 +23,7 @@ ROW_KEYS = {
     "grounding",
     "flops",
     "seconds_median",
+    "vision_share_mean",
     "speedup_vs_dense",
     "scores",
     "loyalty",
