@@ -83,6 +83,8 @@ class Observation:
 def observe(model, inputs: dict[str, torch.Tensor]) -> Observation:
     """Encode every tile of one sample, answer its question, and read the answer with each tile alone.
 
+    All layers of the text model are full, whatever schedule the configuration has.
+
     Args:
         inputs: output of the processor for one sample, on the device of the model.
     """
@@ -99,6 +101,7 @@ def observe(model, inputs: dict[str, torch.Tensor]) -> Observation:
     maps = pointer.read(question, request.question_mask, features[layout.is_global], layers)
     text = {"input_ids": request.prompt.input_ids, "attention_mask": request.prompt.attention_mask}
     options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pointer": "attention", **KEEP_ALL}
+    options["vision_budget"] = ["full"] * config.text_config.num_hidden_layers
     input_ids = model.generate(**text, image_hidden_states=features, **options)
     labels = input_ids.clone()
     labels[:, : text["input_ids"].shape[1]] = -100
