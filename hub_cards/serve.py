@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from serve_images import decode, load_images
+from serve_images import Encoded, ImageReader
 from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -157,6 +158,7 @@ class Answerer:
         self.name = model.name_or_path
         self.threads = ThreadPoolExecutor(limits.concurrency)
         self.places = threading.Semaphore(limits.concurrency + limits.max_waiting)
+        self.images = ImageReader(limits)
         self.context = model.config.text_config.max_position_embeddings
         self.markers = list(processor.tokenizer.get_added_vocab())
         self.max_characters = self.context * max(map(len, processor.tokenizer.get_vocab()))
@@ -178,7 +180,9 @@ class Answerer:
     def budget(self, chat: ChatRequest) -> Budget:
         return Budget.of(self.model.config, **chat.qgsa.model_dump())
 
-    def start(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> asyncio.Future:
+    def start(
+        self, chat: ChatRequest, images: list[Encoded], streamer, disconnected: threading.Event
+    ) -> asyncio.Future:
         """Queue a request: its text goes to `streamer`, and the future resolves to its `Answer`.
 
         Setting `disconnected` stops it. Raises RequestError (503) if the queue is full.
@@ -190,7 +194,7 @@ class Answerer:
         future.add_done_callback(lambda _: self.places.release())
         return asyncio.wrap_future(future)
 
-    def answer(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> Answer:
+    def answer(self, chat: ChatRequest, images: list[Encoded], streamer, disconnected: threading.Event) -> Answer:
         """Answer a request, in a thread. Raises RequestError if the images or the prompt are invalid."""
         try:
             if disconnected.is_set():
@@ -221,15 +225,14 @@ class Answerer:
         finally:
             streamer.end()
 
-    def prepare(self, chat: ChatRequest, images: list) -> BatchFeature:
+    def prepare(self, chat: ChatRequest, images: list[Encoded]) -> BatchFeature:
         """Inputs of the model. Raises RequestError if the images or the prompt are invalid."""
         text = self.processor.apply_chat_template(chat.turns(), add_generation_prompt=True)
-        for image, (where, _) in zip(images, chat.image_urls):
-            decode(image, where)
+        decoded = self.images.decode(images)
         lazy = self.budget(chat).selection != "dense"
         try:
             inputs = self.processor(
-                text=[text], images=[images] if images else None, return_tensors="pt", lazy_tiles=lazy
+                text=[text], images=[decoded] if images else None, return_tensors="pt", lazy_tiles=lazy
             )
         except ValueError as error:  # such as an image one pixel high
             raise RequestError(f"messages: {error}", "messages") from error
@@ -269,6 +272,11 @@ class Answerer:
             described["visual_tokens"] = [int(image.sum()) for image in kept]
             described["tiles"] = [int(image[:-1].sum()) for image in encoded]  # the last is the global view
         return described
+
+    def close(self):
+        """End the workers, and all threads that have no answer to finish."""
+        self.images.close()
+        self.threads.shutdown(wait=False)
 
     @staticmethod
     def describe_guide(qgsa: dict, output: GuidedOutput) -> dict:
@@ -327,7 +335,7 @@ async def respond(request: Request, answerer: Answerer) -> JSONResponse | Stream
         raise RequestError(f"the request did not arrive within {SECONDS_TO_SEND} seconds", status=408) from error
     chat = await asyncio.to_thread(parse, body)  # many megabytes take seconds, and other requests wait
     answerer.check(chat)
-    images = await load_images(chat, answerer.limits)
+    images = await answerer.images.load(chat)
 
     disconnected = threading.Event()
     tokenizer = answerer.processor.tokenizer
@@ -393,7 +401,13 @@ def make_app(
     """Server as an ASGI application; arguments as in `Answerer`."""
     answerer, started = Answerer(model, processor, limits, pair), int(time.time())
     handled = (RequestError, HTTPException, ClientDisconnect, Exception)
-    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(handled, error_response))
+
+    @asynccontextmanager
+    async def lifespan(_):
+        yield
+        answerer.close()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=dict.fromkeys(handled, error_response))
 
     @app.get("/health")
     async def health():

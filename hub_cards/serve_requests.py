@@ -21,6 +21,9 @@ class Limits:
     max_request_mb: float = field(default=20, metadata={"help": "MB of the request body, and of all fetched images."})
     max_images: int = field(default=8, metadata={"help": "Images per request."})
     max_pixels: int = field(default=50_000_000, metadata={"help": "Pixels per request, over all images."})
+    max_image_seconds: float = field(
+        default=10, metadata={"help": "Seconds per request to read all image headers, and again all pixels."}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per answer; also the default."})
     concurrency: int = field(default=1, metadata={"help": "Answers generated at the same time."})
     max_waiting: int = field(default=16, metadata={"help": "Waiting requests; the next one gets a 503."})
@@ -33,8 +36,9 @@ class Limits:
         for name, number in minimum.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {number}")
-        if not self.max_request_mb > 0:
-            raise ValueError(f"max_request_mb ({self.max_request_mb}) must be above 0")
+        for name in ("max_request_mb", "max_image_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
 
     @property
     def max_bytes(self) -> int:

@@ -638,7 +638,13 @@ def test_the_script_listens_on_loopback_only(script):
 
 def test_arguments():
     assert ServeArguments().host == "127.0.0.1" and not ServeArguments().allow_urls
-    for name, number in {"concurrency": 0, "max_pixels": 0, "max_request_mb": 0, "max_waiting": -1}.items():
+    for name, number in {
+        "concurrency": 0,
+        "max_pixels": 0,
+        "max_request_mb": 0,
+        "max_image_seconds": 0,
+        "max_waiting": -1,
+    }.items():
         with pytest.raises(ValueError, match=rf"{name} \({number}\) must be"):
             ServeArguments(**{name: number})
 
