@@ -32,6 +32,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from serve_connections import OPTIONS, Places, read_body
 from serve_images import Encoded, ImageReader
 from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
 from starlette.exceptions import HTTPException
@@ -50,10 +51,6 @@ from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
 from training.cli.arguments import check_source, errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
-
-
-SECONDS_TO_SEND = 60  # per request, whose body is in memory meanwhile
-SPARE_CONNECTIONS = 8  # for /health and for 503 responses
 
 
 @dataclass
@@ -158,6 +155,8 @@ class Answerer:
         self.name = model.name_or_path
         self.threads = ThreadPoolExecutor(limits.concurrency)
         self.places = threading.Semaphore(limits.concurrency + limits.max_waiting)
+        self.arrivals = Places(limits.concurrency + limits.max_waiting)
+        self.parser = ThreadPoolExecutor(1)  # off the event loop, and not behind slow lookups of hosts
         self.images = ImageReader(limits)
         self.context = model.config.text_config.max_position_embeddings
         self.markers = list(processor.tokenizer.get_added_vocab())
@@ -309,16 +308,6 @@ async def cut(pieces: AsyncIterator[str], stops: list[str]) -> AsyncIterator[str
         yield text[sent : end_of_answer(text, stops, complete=True)]
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read the body, whatever its declared length. Raises RequestError (413) beyond `max_bytes`."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise RequestError(f"the request exceeds the limit of {max_bytes} bytes", status=413)
-    return bytes(body)
-
-
 async def watch(request: Request, disconnected: threading.Event):
     """Set `disconnected` once the client has disconnected."""
     while not await request.is_disconnected():
@@ -328,14 +317,11 @@ async def watch(request: Request, disconnected: threading.Event):
 
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
     """Answer a chat completion. Raises RequestError, when streaming only before the first piece."""
-    try:
-        async with asyncio.timeout(SECONDS_TO_SEND):
-            body = await read_body(request, answerer.limits.max_bytes)
-    except TimeoutError as error:
-        raise RequestError(f"the request did not arrive within {SECONDS_TO_SEND} seconds", status=408) from error
-    chat = await asyncio.to_thread(parse, body)  # many megabytes take seconds, and other requests wait
-    answerer.check(chat)
-    images = await answerer.images.load(chat)
+    with answerer.arrivals.take(request.client.host if request.client else ""):
+        body = await read_body(request, answerer.limits.max_bytes)
+        chat = await asyncio.get_running_loop().run_in_executor(answerer.parser, parse, body)
+        answerer.check(chat)
+        images = await answerer.images.load(chat)
 
     disconnected = threading.Event()
     tokenizer = answerer.processor.tokenizer
@@ -430,8 +416,7 @@ def main():
         run = parse_arguments(ServeArguments, __doc__)
         model, processor, pair = load_served(run)
         app = make_app(model.tune(), processor, run, pair)
-    connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
-    uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
+    uvicorn.run(app, host=run.host, port=run.port, **OPTIONS)
 
 
 if __name__ == "__main__":

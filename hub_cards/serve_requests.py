@@ -70,14 +70,19 @@ def error_body(error: RequestError) -> dict:
 
 
 class Fields(BaseModel):
-    """Strictly typed fields, no others; null counts as absent."""
+    """Strictly typed fields, no others; null counts as absent. Only the first unknown field is reported."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def drop_null(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+    def simplify_fields(cls, given):
+        if not isinstance(given, dict):
+            return given
+        fields = {name: value for name, value in given.items() if value is not None}
+        known = {name: fields[name] for name in fields.keys() & cls.model_fields.keys()}
+        unknown = next((name for name in fields if name not in known), None)
+        return known if unknown is None else {**known, unknown: fields[unknown]}
 
 
 class ImageURL(Fields):

@@ -389,6 +389,7 @@ def test_generation_stops_when_the_client_disconnects(stream, endless):
 # Errors
 
 HELLO = [{"role": "user", "content": "hello there"}]
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_invalid_requests(fields, message, url):
     "body", [b"", b"{", b"[]", b"\xff", b"[" * 10000, b'{"messages":[{"role":"user","content":"\\ud800"}]}']
 )
 def test_invalid_bodies(body, url):
-    response = httpx.post(f"{url}/v1/chat/completions", content=body)
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
@@ -457,10 +458,8 @@ def test_other_models_and_routes(url, client):
     assert httpx.post(f"{url}/reset").status_code == 404
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large(chunked, url):
-    content = (b" " * 10**5 for _ in range(30)) if chunked else b" " * 3 * 10**6
-    response = httpx.post(f"{url}/v1/chat/completions", content=content)
+def test_a_body_that_is_too_large(url):
+    response = httpx.post(f"{url}/v1/chat/completions", content=b" " * 3 * 10**6, headers=JSON)
     assert response.status_code == 413 and "exceeds the limit of 1000000 bytes" in response.json()["error"]["message"]
     assert httpx.get(f"{url}/health").status_code == 200
 
@@ -638,13 +637,8 @@ def test_the_script_listens_on_loopback_only(script):
 
 def test_arguments():
     assert ServeArguments().host == "127.0.0.1" and not ServeArguments().allow_urls
-    for name, number in {
-        "concurrency": 0,
-        "max_pixels": 0,
-        "max_request_mb": 0,
-        "max_image_seconds": 0,
-        "max_waiting": -1,
-    }.items():
+    too_low = dict.fromkeys(("concurrency", "max_pixels", "max_request_mb", "max_image_seconds"), 0)
+    for name, number in {**too_low, "max_waiting": -1}.items():
         with pytest.raises(ValueError, match=rf"{name} \({number}\) must be"):
             ServeArguments(**{name: number})
 

@@ -3,7 +3,10 @@
 import base64
 import http.client
 import io
+import json
 import re
+import select
+import socket
 import struct
 import subprocess
 import sys
@@ -11,13 +14,15 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
+import serve_connections
 from PIL import Image
+from serve import Limits, load, make_app
+from serving import serving
 
 
 CHAT = "/v1/chat/completions"
@@ -28,12 +33,8 @@ IMAGE = Image.new("RGB", (64, 64), (200, 30, 90))
 @pytest.fixture(scope="module")
 def url():
     """The script with one second for images, and memory for small ones."""
-    command = [
-        sys.executable,
-        "hub_cards/serve.py",
-        "--port",
-        "0",
-    ] + "--max_image_seconds 1 --max_pixels 10000000".split()
+    options = "--port 0 --max_image_seconds 1 --max_pixels 10000000"
+    command = [sys.executable, "hub_cards/serve.py", *options.split()]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         yield next(re.findall(r"http://\S+", line)[0] for line in process.stderr if "running on" in line)
@@ -69,14 +70,39 @@ def healthy(url):
     assert max(seconds for _, seconds in answers) < 0.5
 
 
-def ask(url, body=HELLO, timeout=30):
-    return httpx.post(url + CHAT, json=body, timeout=timeout)
+def ask(url, body=HELLO, kind="application/json"):
+    """The status of a response and its JSON. Without httpx, which takes long to begin, and all threads with it."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request("POST", CHAT, body, {} if kind is None else {"content-type": kind})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
 
 
-def error_of(response, status):
-    """The message of an error in OpenAI's format."""
-    assert response.status_code == status
-    return response.json()["error"]["message"]
+@contextmanager
+def sent(url, data, source="127.0.0.1"):
+    """A connection from the address `source` on which `data` has been sent, and nothing follows."""
+    host, port = urlsplit(url).netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=5, source_address=(source, 0)) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+def is_closed(connection, seconds=0.1):
+    connection.settimeout(seconds)
+    try:
+        return not connection.recv(1)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def head(length, kind="application/json"):
+    return f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
 # Images
@@ -141,6 +167,144 @@ def test_images_that_take_forever(make, size, url):
     with healthy(url), ThreadPoolExecutor(1) as threads:
         attack = threads.submit(ask, url, {"messages": [{"role": "user", "content": content}]})
         time.sleep(0.2)
-        assert ask(url).status_code == 200
-        message = error_of(attack.result(), 400)
-    assert message == "messages.0.content.0.image_url.url: takes more than 1 s or too much memory to read"
+        assert ask(url)[0] == 200
+        status, answer = attack.result()
+    assert status == 400
+    assert (
+        answer["error"]["message"]
+        == "messages.0.content.0.image_url.url: takes more than 1 s or too much memory to read"
+    )
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"{" + b",".join(b'"%d":1' % number for number in range(600_000)) + b"}", 413),
+        (b'{"qgsa":{' + b",".join(b'"%d":1' % number for number in range(24_000)) + b"}}", 400),
+        (b'{"messages":' + b"[" * 90_000, 400),
+        (b'{"messages":[' + b"[]," * 3_000_000, 413),
+        (b'{"seed":' + b"1" * 10_000_000 + b"}", 400),
+        (b'{"user":"' + b"\\u0041" * 3_000_000 + b'","messages":[]}', 400),
+    ],
+)
+def test_bodies_that_take_forever(body, status, url):
+    with healthy(url):
+        found, answer = ask(url, body)
+    assert found == status and len(answer["error"]["message"]) < 1000
+
+
+def test_a_body_in_tiny_chunks(url):
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    with healthy(url), ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(sent(url, head.encode()))
+            try:
+                connection.sendall(b"1\r\na\r\n" * 500_000)
+            except OSError:  # closed meanwhile
+                pass
+
+
+def test_another_content_type_is_refused(url):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", None):
+        status, answer = ask(url, HELLO, kind)
+        assert status == 415 and answer["error"]["message"].endswith("must be application/json")
+    assert ask(url, HELLO, "Application/JSON; charset=utf-8")[0] == 200
+
+
+# Connections
+
+
+@pytest.mark.parametrize("data", [b"", b"POST ", b"GET /health HTTP/1.1\r\nhost: a\r\nx: ", head(10), head(10) + b"{"])
+def test_silent_connections(data, url):
+    with ExitStack() as stack:
+        for _ in range(25):
+            stack.enter_context(sent(url, data, "127.0.0.2"))
+        with healthy(url):
+            time.sleep(0.3)
+            assert ask(url)[0] == 200
+
+
+def test_many_clients(url):
+    with healthy(url), ThreadPoolExecutor(64) as threads:
+        answers = list(threads.map(lambda _: ask(url), range(64)))
+    assert {status for status, _ in answers} <= {200, 503}
+    assert all(answer["error"]["code"] == "overloaded" for status, answer in answers if status == 503)
+
+
+def test_an_address_closes_its_own_connections_only(url):
+    with ExitStack() as stack:
+        other = stack.enter_context(sent(url, b"", "127.0.0.3"))
+        first = stack.enter_context(sent(url, b"", "127.0.0.2"))
+        time.sleep(1.2)
+        for _ in range(70):
+            stack.enter_context(sent(url, b"", "127.0.0.2"))
+        assert is_closed(first) and not is_closed(other)
+
+
+def test_an_address_has_places_of_its_own(url):
+    with ExitStack() as stack:
+        for _ in range(25):
+            stack.enter_context(sent(url, head(10), "127.0.0.2"))
+        time.sleep(0.3)
+        refused = stack.enter_context(sent(url, head(10), "127.0.0.2"))
+        assert b"503" in refused.recv(100)
+        assert ask(url)[0] == 200
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """A server in this process that waits for tenths of a second."""
+    monkeypatch.setattr(serve_connections, "SECONDS_FOR_HEAD", 0.4)
+    monkeypatch.setattr(serve_connections, "SECONDS_OF_SILENCE", 0.4)
+    monkeypatch.setattr(serve_connections, "SECONDS_TO_SEND", 0.8)
+    monkeypatch.setattr(serve_connections, "SECONDS_TO_READ", 0.4)
+    with serving(make_app(*load("hub_cards/tiny-qgsa"), Limits()), **serve_connections.OPTIONS) as url:
+        yield url
+
+
+def trickle(connection, pieces):
+    """Send pieces, a tenth of a second apart, until the connection is closed; returns what was received."""
+    connection.settimeout(0.1)
+    received = b""
+    for piece in pieces:
+        try:
+            connection.sendall(piece)
+            received += (got := connection.recv(10_000))
+            if not got:
+                break
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+    else:
+        pytest.fail("the connection stayed open")
+    return received
+
+
+@pytest.mark.parametrize("begin", [b"", b"GET /health HTTP/1.1\r\nhost: a\r\ncontent-length: 999\r\n\r\n"])
+@pytest.mark.parametrize("piece", [b"", b"x"])
+def test_heads_and_unread_bodies_have_little_time(begin, piece, hurried):
+    with sent(hurried, begin) as connection:
+        trickle(connection, [piece] * 40)
+
+
+@pytest.mark.parametrize("piece", [b"", b" "])
+def test_bodies_have_little_time(piece, hurried):
+    with healthy(hurried), sent(hurried, head(999)) as connection:
+        answer = trickle(connection, [piece] * 60)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the request paused for 0.4 s or took more than 0.8 s" in answer
+
+
+def test_answers_must_be_read(hurried):
+    request = b"GET /" + b"a" * 7000 + b" HTTP/1.1\r\nhost: a\r\n\r\n"  # the error names the path
+    with healthy(hurried), sent(hurried, b"") as connection:
+        connection.settimeout(0.3)
+        with pytest.raises(OSError):  # all buffers are full
+            while True:
+                connection.sendall(request * 10)
+        poll = select.poll()
+        poll.register(connection, 0)  # tells of errors only
+        assert poll.poll(5000)
