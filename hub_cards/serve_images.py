@@ -5,6 +5,7 @@ import base64
 import binascii
 import ipaddress
 import re
+import reprlib
 import socket
 import time
 from collections.abc import Callable
@@ -22,7 +23,11 @@ DECODER = Path(__file__).with_name("serve_decoder.py")
 HEADERS = 2  # images whose headers are read at the same time
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 SECONDS = 10  # per URL, from the DNS lookup to the last byte
+# A host that all parsers of URLs read alike: no user, backslash, escape, zone or letter beyond ASCII.
+URL = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(?:[/?#]|\Z)", re.IGNORECASE | re.ASCII)
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# Protocol assignments, 6to4 relays and documentation: public, all or in part, in the tables of some Python versions.
+RESERVED = [ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")]
 
 
 @dataclass
@@ -129,6 +134,10 @@ async def fetch(
         raise RequestError(
             f"{where}: the server does not fetch URLs (--allow_urls): send data:image/...;base64,", where
         )
+    plain = URL.match(url)
+    if plain is None or not 0 < int(plain[2] or 80) < 2**16:
+        rule = "must be http(s)://host/ or http(s)://host:port/, the host in ASCII"
+        raise RequestError(f"{where}: {reprlib.repr(url)} {rule}", where)
     try:
         async with asyncio.timeout(SECONDS):
             return await download(httpx.URL(url), where, max_bytes, allowed or is_public)
@@ -160,15 +169,17 @@ async def download(url: httpx.URL, where: str, max_bytes: int, allowed: Callable
                 data += chunk
                 if len(data) > max_bytes:
                     raise RequestError(f"{where}: exceeds the limit of {max_bytes} bytes", where)
+                await asyncio.sleep(0)  # a million tiny pieces would come without any pause
     return bytes(data)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public: not private, loopback, link-local, reserved or multicast.
+    """Whether an IP address is public: not private, loopback, link-local, multicast or reserved in any table.
 
     In IPv6 only global unicast without 6to4 is public; other ranges can embed IPv4 addresses.
     """
     ip = ipaddress.ip_address(address)
     if ip.version == 6 and (ip not in GLOBAL_UNICAST or ip.sixtofour):
         return False
-    return ip.is_global and not ip.is_multicast
+    reserved = any(ip in network for network in RESERVED)  # one of the other version contains no address
+    return ip.is_global and not ip.is_multicast and not reserved
