@@ -32,6 +32,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from serve_checkpoints import load, load_pair
 from serve_connections import OPTIONS, Places, read_body
 from serve_images import Encoded, ImageReader
 from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
@@ -40,16 +41,15 @@ from starlette.requests import ClientDisconnect
 from transformers import (
     AsyncTextIteratorStreamer,
     BatchFeature,
-    PreTrainedConfig,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from modeling_qgsa import GuidedVLM, QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa import GuidedVLM, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
-from training.cli.arguments import check_source, errors_in_one_line
+from training.cli.arguments import errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
 
 
@@ -66,20 +66,6 @@ class ServeArguments(Limits):
     )
 
 
-def load(name: str, device: str = "cpu"):
-    """Load `(model, processor)` from a Hub id or folder. Raises ValueError if the model type is not QGSA's."""
-    check_source(name)
-    found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    if found != QGSAConfig.model_type:
-        raise ValueError(
-            f"model ({name}) must have model type {QGSAConfig.model_type!r}, not {found!r}: convert it with "
-            "hub_cards/export.py"
-        )
-    model = QGSASmolVLMForConditionalGeneration.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    processor = QGSAProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    return model.to(device).eval(), processor
-
-
 def load_served(run: ServeArguments):
     """Load `(model, processor, pair)`: a checkpoint, or a saved pair; `pair` is None if there is no guide.
 
@@ -91,9 +77,7 @@ def load_served(run: ServeArguments):
         return model, processor, pair
     if run.guide is not None:
         raise ValueError(f"guide ({run.guide}): {run.model} is a pair and has one")
-    pair = GuidedVLM.from_pretrained(run.model, use_safetensors=True, trust_remote_code=False)
-    for model in (pair.guide, pair.target):
-        model.to(run.device)
+    pair = load_pair(run.model, run.device)
     pair.target.name_or_path = run.model
     return pair.target, pair.processors[1], pair
 
