@@ -10,7 +10,8 @@
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
 field, `qgsa`, with the number of visual tokens and tiles in use, and which of two models answered. The server measures
 at its start in which precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a
-checkpoint are run. The server has no authentication: expose it only behind a proxy that provides it.
+checkpoint are run; its chat template is, and images are read, by processes with bounds on time and memory. The server
+has no authentication: expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.
@@ -36,6 +37,7 @@ from serve_checkpoints import load, load_pair
 from serve_connections import OPTIONS, Places, read_body
 from serve_images import Encoded, ImageReader
 from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
+from serve_templates import ChatTemplate
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import (
@@ -126,6 +128,8 @@ class Answerer:
         processor: the processor of the same checkpoint.
         limits: limits of a request.
         pair: the model and its guide, if it has one.
+
+    Raises ValueError if the chat template does not work.
     """
 
     def __init__(
@@ -141,10 +145,11 @@ class Answerer:
         self.places = threading.Semaphore(limits.concurrency + limits.max_waiting)
         self.arrivals = Places(limits.concurrency + limits.max_waiting)
         self.parser = ThreadPoolExecutor(1)  # off the event loop, and not behind slow lookups of hosts
-        self.images = ImageReader(limits)
         self.context = model.config.text_config.max_position_embeddings
         self.markers = list(processor.tokenizer.get_added_vocab())
         self.max_characters = self.context * max(map(len, processor.tokenizer.get_vocab()))
+        self.template = ChatTemplate(processor, limits.concurrency, self.max_characters)
+        self.images = ImageReader(limits)
 
     def check(self, chat: ChatRequest):
         """Raise RequestError for errors that show before any image is loaded."""
@@ -210,7 +215,7 @@ class Answerer:
 
     def prepare(self, chat: ChatRequest, images: list[Encoded]) -> BatchFeature:
         """Inputs of the model. Raises RequestError if the images or the prompt are invalid."""
-        text = self.processor.apply_chat_template(chat.turns(), add_generation_prompt=True)
+        text = self.template.apply(chat.turns())
         decoded = self.images.decode(images)
         lazy = self.budget(chat).selection != "dense"
         try:
@@ -259,6 +264,7 @@ class Answerer:
     def close(self):
         """End the workers, and all threads that have no answer to finish."""
         self.images.close()
+        self.template.close()
         self.threads.shutdown(wait=False)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Jobs with bounded time and memory, in processes that can be killed.
 
 A thread cannot be stopped, and holds the interpreter while a library parses. A worker is a Python script that calls
-`work` and imports little, so that it starts in a tenth of a second. Jobs and results are JSON and bytes, never
-pickles: whatever takes over a worker gets no further.
+`work`, and imports little (never torch), so that it starts soon. Jobs and results are JSON and bytes: a pickle from a
+worker could run code in the server.
 """
 
 import json
@@ -13,11 +13,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
+SECONDS_TO_START = 60  # on a busy machine; a tenth to two seconds otherwise
 LENGTHS = struct.Struct("<QQ")  # of the JSON and of the bytes behind it
 
 
@@ -55,11 +57,58 @@ def work(answer: Callable[[dict, bytes], tuple[dict, bytes]]):
         resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes the input
     jobs, results = sys.stdin.buffer, sys.stdout.buffer
-    while True:
-        try:
+    try:
+        write(results, {})  # all is imported
+        while True:
             write(results, *answer(*read(jobs)))
-        except (EOFError, BrokenPipeError, MemoryError):
-            os._exit(1)  # without the traceback, for which there may be no memory
+    except (EOFError, BrokenPipeError, MemoryError):
+        os._exit(1)  # without the traceback, for which there may be no memory
+
+
+class Worker:
+    """One process, which may be started long before its first job. It is `alive` until it has been killed."""
+
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.alive, self.ready = True, False
+
+    def ask(self, seconds: float, fields: dict, data) -> tuple[dict, bytes]:
+        """Do a job. Raises WorkerKilled."""
+        if not self.ready:
+            with self.killed_after(SECONDS_TO_START):
+                read(self.process.stdout)
+            self.ready = True
+        with self.killed_after(seconds):
+            write(self.process.stdin, fields, data)
+            return read(self.process.stdout)
+
+    @contextmanager
+    def killed_after(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(seconds, self.kill)
+        timer.start()
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise WorkerKilled from error
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def kill(self):
+        """Kill the process, from any thread."""
+        self.alive = False
+        self.process.kill()
+
+    def end(self):
+        """Kill the process and free all that it holds."""
+        self.kill()
+        self.process.stdout.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:  # of a job that was not read to its end
+            pass
+        self.process.wait()
 
 
 class Workers:
@@ -73,57 +122,29 @@ class Workers:
 
     def __init__(self, script: Path, count: int, memory: int):
         self.command = [sys.executable, str(script), str(memory)]
-        self.idle: queue.Queue[subprocess.Popen] = queue.Queue()
-        self.processes: set[subprocess.Popen] = set()
+        self.all = [Worker(self.command) for _ in range(count)]
+        self.idle: queue.Queue[Worker] = queue.Queue()
+        for worker in self.all:
+            self.idle.put(worker)
         self.closed = False
-        for _ in range(count):
-            self.start()
-
-    def start(self):
-        process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.processes.add(process)
-        self.idle.put(process)
-
-    def end(self, process: subprocess.Popen):
-        self.processes.discard(process)
-        process.kill()
-        process.stdout.close()
-        try:
-            process.stdin.close()
-        except BrokenPipeError:  # of a job that was not read to its end
-            pass
-        process.wait()
 
     def run(self, seconds: float, fields: dict, data=b"") -> tuple[dict, bytes]:
         """Run a job once a worker is idle; returns its result. Raises WorkerKilled, if need be after `seconds`."""
-        process, expired = self.idle.get(), threading.Event()
-
-        def kill():
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.start()
+        worker = self.idle.get()
         try:
-            write(process.stdin, fields, data)
-            result = read(process.stdout)
-        except (EOFError, OSError) as error:
-            expired.set()
-            raise WorkerKilled from error
+            return worker.ask(seconds, fields, data)
         finally:
-            timer.cancel()
-            timer.join()
-            if self.closed or not expired.is_set():
-                self.idle.put(process)
-            else:
-                self.end(process)
-                self.start()
-        return result
+            if not worker.alive and not self.closed:
+                worker.end()
+                self.all.remove(worker)
+                worker = Worker(self.command)
+                self.all.append(worker)
+            self.idle.put(worker)
 
     def close(self):
-        """End all processes, also those at work."""
+        """End all workers, also those with a job."""
         self.closed = True
-        for process in list(self.processes):
-            process.kill()
-        while self.processes:
-            self.end(self.idle.get())
+        for worker in list(self.all):
+            worker.kill()
+        for _ in list(self.all):
+            self.idle.get().end()

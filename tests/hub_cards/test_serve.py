@@ -507,9 +507,9 @@ def test_invalid_images(images, message, ask):
 
 def test_unexpected_errors_reveal_no_details(checkpoint):
     class Broken:
-        tokenizer = checkpoint[1].tokenizer
+        tokenizer, chat_template = checkpoint[1].tokenizer, checkpoint[1].chat_template
 
-        def apply_chat_template(self, *_, **__):
+        def __call__(self, *_, **__):
             raise KeyError("a secret")
 
     with serving(make_app(checkpoint[0], Broken(), Limits())) as url:
