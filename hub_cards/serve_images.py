@@ -20,7 +20,8 @@ from serve_workers import WorkerKilled, Workers
 
 
 DECODER = Path(__file__).with_name("serve_decoder.py")
-HEADERS = 2  # images whose headers are read at the same time
+HEADERS = 2  # images whose headers are read at the same time, one behind the other for all clients
+SHARE = 0.2  # of `max_image_seconds`, for the headers of a request; those of honest images take milliseconds
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 SECONDS = 10  # per URL, from the DNS lookup to the last byte
 # A host that all parsers of URLs read alike: no user, backslash, escape, zone or letter beyond ASCII.
@@ -47,7 +48,7 @@ class Encoded:
 
 
 class ImageReader:
-    """Reads images in worker processes, each request within `limits.max_image_seconds` for headers and for pixels.
+    """Reads images in worker processes, the pixels of a request within `limits.max_image_seconds`.
 
     The headers have workers and threads of their own, so that they never wait for pixels; pixels are read in the
     threads that answer, which are `limits.concurrency`.
@@ -64,7 +65,7 @@ class ImageReader:
 
         Raises RequestError, naming the image, if it cannot be fetched, is not an image or exceeds the limits.
         """
-        images, left, pixels, seconds = [], self.limits.max_bytes, 0, self.limits.max_image_seconds
+        images, left, pixels, seconds = [], self.limits.max_bytes, 0, SHARE * self.limits.max_image_seconds
         in_thread = asyncio.get_running_loop().run_in_executor
         for where, url in chat.image_urls:
             if DATA_URL.match(url):
@@ -98,7 +99,7 @@ class ImageReader:
         try:
             found, data = self.workers.run(seconds, {"pixels": pixels}, data)
         except WorkerKilled as error:
-            message = f"{where}: takes more than {self.limits.max_image_seconds:g} s or too much memory to read"
+            message = f"{where}: takes more than {seconds:.2g} s or too much memory to read"
             raise RequestError(message, where) from error
         if "error" in found:
             raise RequestError(f"{where}: {found['error']}", where)

@@ -22,7 +22,7 @@ class Limits:
     max_images: int = field(default=8, metadata={"help": "Images per request."})
     max_pixels: int = field(default=50_000_000, metadata={"help": "Pixels per request, over all images."})
     max_image_seconds: float = field(
-        default=10, metadata={"help": "Seconds per request to read all image headers, and again all pixels."}
+        default=10, metadata={"help": "Seconds per request to decode all images, and a fifth of it for their headers."}
     )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per answer; also the default."})
     concurrency: int = field(default=1, metadata={"help": "Answers generated at the same time."})
