@@ -265,7 +265,8 @@ class Answerer:
         """End the workers, and all threads that have no answer to finish."""
         self.images.close()
         self.template.close()
-        self.threads.shutdown(wait=False)
+        for threads in (self.threads, self.parser):
+            threads.shutdown(wait=False)
 
     @staticmethod
     def describe_guide(qgsa: dict, output: GuidedOutput) -> dict:
@@ -308,8 +309,8 @@ async def watch(request: Request, disconnected: threading.Event):
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
     """Answer a chat completion. Raises RequestError, when streaming only before the first piece."""
     with answerer.arrivals.take(request.client.host if request.client else ""):
-        body = await read_body(request, answerer.limits.max_bytes)
-        chat = await asyncio.get_running_loop().run_in_executor(answerer.parser, parse, body)
+        in_thread = asyncio.get_running_loop().run_in_executor
+        chat = await in_thread(answerer.parser, parse, await read_body(request, answerer.limits.max_bytes))
         answerer.check(chat)
         images = await answerer.images.load(chat)
 

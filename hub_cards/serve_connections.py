@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import h11
 from serve_requests import RequestError
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,6 +28,7 @@ SECONDS_OF_GRACE = 1  # a new connection has its chance to send a request, unles
 MOST_CONNECTIONS = 512
 SPARE = 8  # requests of one client that are received while the queue is full
 BYTES_AT_ONCE = 8192  # parsed between two looks at the head
+MOST_HELD = 2**20  # bytes that come before their turn
 MAX_STRUCTURE = 100_000  # a long conversation has some thousands; each may become an object of Python
 STRUCTURE = b'",:[{'
 
@@ -47,6 +49,7 @@ class BoundedProtocol(H11Protocol):
     Bodies in chunks (`Transfer-Encoding`) are not read: millions of tiny chunks would hold the event loop.
     """
 
+    held = b""
     waiting_since: float | None = None
     head_timer: asyncio.TimerHandle | None = None
     read_timer: asyncio.TimerHandle | None = None
@@ -85,18 +88,31 @@ class BoundedProtocol(H11Protocol):
         return any(name == b"transfer-encoding" for name, _ in self.headers or ())
 
     def data_received(self, data: bytes):
+        data, self.held = self.held + data, b""
         for start in range(0, len(data), BYTES_AT_ONCE):
             if self.is_chunked or self.transport.is_closing():
+                return
+            if self.conn.their_state is h11.DONE:  # the next request must wait for the answer to this one
+                self.hold(data[start:])
                 return
             super().data_received(data[start : start + BYTES_AT_ONCE])
             if self.waiting_since is not None and self.cycle is not None and not self.cycle.response_complete:
                 self.waiting_since = None
                 self.head_timer.cancel()
 
+    def hold(self, data: bytes):
+        """Keep what came too early, and read no more; h11 would parse all of it at once."""
+        self.held = data
+        self.flow.pause_reading()
+        if len(data) > MOST_HELD:  # reading goes on where the app looks whether the client is there
+            self.transport.abort()
+
     def on_response_complete(self):
-        super().on_response_complete()  # which may go on to the next request
+        super().on_response_complete()
         if self.cycle.response_complete:
             self.wait()
+        if self.held:
+            self.data_received(b"")
 
     def pause_writing(self):
         super().pause_writing()
@@ -113,6 +129,8 @@ OPTIONS = {"http": BoundedProtocol, "ws": "none"}
 
 class Places:
     """Requests that are being received, in all and per address.
+
+    Behind a proxy on this machine the address is that of `X-Forwarded-For`, which uvicorn trusts from loopback.
 
     Args:
         queue: places of the queue that the requests go to. One client may fill it, and have `SPARE` refused there;

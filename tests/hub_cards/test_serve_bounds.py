@@ -195,15 +195,26 @@ def test_bodies_that_take_forever(body, status, url):
     assert found == status and len(answer["error"]["message"]) < 1000
 
 
-def test_a_body_in_tiny_chunks(url):
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"])
+def test_a_body_in_tiny_chunks(before, url):
+    """Also one that arrives before an earlier request on the connection is answered."""
     head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
     with healthy(url), ExitStack() as stack:
         for _ in range(4):
-            connection = stack.enter_context(sent(url, head.encode()))
+            connection = stack.enter_context(sent(url, b""))
             try:
-                connection.sendall(b"1\r\na\r\n" * 500_000)
+                connection.sendall(before + head.encode() + b"1\r\na\r\n" * 500_000)
             except OSError:  # closed meanwhile
                 pass
+        time.sleep(0.3)
+
+
+def test_requests_that_come_before_their_turn(url):
+    with healthy(url), sent(url, b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n" * 3000) as connection:
+        received = b""
+        while received.count(b'{"status":"ok"}') < 3000:
+            received += (got := connection.recv(100_000))
+            assert got
 
 
 def test_another_content_type_is_refused(url):
@@ -241,6 +252,21 @@ def test_an_address_closes_its_own_connections_only(url):
         for _ in range(70):
             stack.enter_context(sent(url, b"", "127.0.0.2"))
         assert is_closed(first) and not is_closed(other)
+
+
+@pytest.mark.parametrize(
+    "host, network",
+    [
+        ("1.2.3.4", "1.2.3.4"),
+        ("::ffff:1.2.3.4", "1.2.3.4"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("unknown, 1.2.3.4", "unknown, 1.2.3.4"),
+    ],
+)
+def test_what_counts_as_one_address(host, network):
+    assert serve_connections.network_of(host) == network
 
 
 def test_an_address_has_places_of_its_own(url):
