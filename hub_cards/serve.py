@@ -10,7 +10,8 @@
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
 field, `qgsa`, with the number of visual tokens and tiles in use, and which of two models answered. The server measures
 at its start in which precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a
-checkpoint are run. The server has no authentication: expose it only behind a proxy that provides it.
+checkpoint are run; its chat template is, and images are read, by processes with bounds on time and memory. The server
+has no authentication: expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.
@@ -24,6 +25,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,28 +33,26 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from serve_images import decode, load_images
+from serve_checkpoints import load, load_pair
+from serve_connections import OPTIONS, Places, read_body
+from serve_images import Encoded, ImageReader
 from serve_requests import INTERNAL, ChatRequest, Limits, RequestError, check_limits, error_body, parse
+from serve_templates import ChatTemplate
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import (
     AsyncTextIteratorStreamer,
     BatchFeature,
-    PreTrainedConfig,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from modeling_qgsa import GuidedVLM, QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa import GuidedVLM, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
-from training.cli.arguments import check_source, errors_in_one_line
+from training.cli.arguments import errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
-
-
-SECONDS_TO_SEND = 60  # per request, whose body is in memory meanwhile
-SPARE_CONNECTIONS = 8  # for /health and for 503 responses
 
 
 @dataclass
@@ -68,20 +68,6 @@ class ServeArguments(Limits):
     )
 
 
-def load(name: str, device: str = "cpu"):
-    """Load `(model, processor)` from a Hub id or folder. Raises ValueError if the model type is not QGSA's."""
-    check_source(name)
-    found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    if found != QGSAConfig.model_type:
-        raise ValueError(
-            f"model ({name}) must have model type {QGSAConfig.model_type!r}, not {found!r}: convert it with "
-            "hub_cards/export.py"
-        )
-    model = QGSASmolVLMForConditionalGeneration.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    processor = QGSAProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    return model.to(device).eval(), processor
-
-
 def load_served(run: ServeArguments):
     """Load `(model, processor, pair)`: a checkpoint, or a saved pair; `pair` is None if there is no guide.
 
@@ -93,9 +79,7 @@ def load_served(run: ServeArguments):
         return model, processor, pair
     if run.guide is not None:
         raise ValueError(f"guide ({run.guide}): {run.model} is a pair and has one")
-    pair = GuidedVLM.from_pretrained(run.model, use_safetensors=True, trust_remote_code=False)
-    for model in (pair.guide, pair.target):
-        model.to(run.device)
+    pair = load_pair(run.model, run.device)
     pair.target.name_or_path = run.model
     return pair.target, pair.processors[1], pair
 
@@ -144,6 +128,8 @@ class Answerer:
         processor: the processor of the same checkpoint.
         limits: limits of a request.
         pair: the model and its guide, if it has one.
+
+    Raises ValueError if the chat template does not work.
     """
 
     def __init__(
@@ -157,9 +143,13 @@ class Answerer:
         self.name = model.name_or_path
         self.threads = ThreadPoolExecutor(limits.concurrency)
         self.places = threading.Semaphore(limits.concurrency + limits.max_waiting)
+        self.arrivals = Places(limits.concurrency + limits.max_waiting)
+        self.parser = ThreadPoolExecutor(1)  # off the event loop, and not behind slow lookups of hosts
         self.context = model.config.text_config.max_position_embeddings
         self.markers = list(processor.tokenizer.get_added_vocab())
         self.max_characters = self.context * max(map(len, processor.tokenizer.get_vocab()))
+        self.template = ChatTemplate(processor, limits.concurrency, self.max_characters)
+        self.images = ImageReader(limits)
 
     def check(self, chat: ChatRequest):
         """Raise RequestError for errors that show before any image is loaded."""
@@ -178,7 +168,9 @@ class Answerer:
     def budget(self, chat: ChatRequest) -> Budget:
         return Budget.of(self.model.config, **chat.qgsa.model_dump())
 
-    def start(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> asyncio.Future:
+    def start(
+        self, chat: ChatRequest, images: list[Encoded], streamer, disconnected: threading.Event
+    ) -> asyncio.Future:
         """Queue a request: its text goes to `streamer`, and the future resolves to its `Answer`.
 
         Setting `disconnected` stops it. Raises RequestError (503) if the queue is full.
@@ -190,7 +182,7 @@ class Answerer:
         future.add_done_callback(lambda _: self.places.release())
         return asyncio.wrap_future(future)
 
-    def answer(self, chat: ChatRequest, images: list, streamer, disconnected: threading.Event) -> Answer:
+    def answer(self, chat: ChatRequest, images: list[Encoded], streamer, disconnected: threading.Event) -> Answer:
         """Answer a request, in a thread. Raises RequestError if the images or the prompt are invalid."""
         try:
             if disconnected.is_set():
@@ -221,15 +213,14 @@ class Answerer:
         finally:
             streamer.end()
 
-    def prepare(self, chat: ChatRequest, images: list) -> BatchFeature:
+    def prepare(self, chat: ChatRequest, images: list[Encoded]) -> BatchFeature:
         """Inputs of the model. Raises RequestError if the images or the prompt are invalid."""
-        text = self.processor.apply_chat_template(chat.turns(), add_generation_prompt=True)
-        for image, (where, _) in zip(images, chat.image_urls):
-            decode(image, where)
+        text = self.template.apply(chat.turns())
+        decoded = self.images.decode(images)
         lazy = self.budget(chat).selection != "dense"
         try:
             inputs = self.processor(
-                text=[text], images=[images] if images else None, return_tensors="pt", lazy_tiles=lazy
+                text=[text], images=[decoded] if images else None, return_tensors="pt", lazy_tiles=lazy
             )
         except ValueError as error:  # such as an image one pixel high
             raise RequestError(f"messages: {error}", "messages") from error
@@ -270,6 +261,13 @@ class Answerer:
             described["tiles"] = [int(image[:-1].sum()) for image in encoded]  # the last is the global view
         return described
 
+    def close(self):
+        """End the workers, and all threads that have no answer to finish."""
+        self.images.close()
+        self.template.close()
+        for threads in (self.threads, self.parser):
+            threads.shutdown(wait=False)
+
     @staticmethod
     def describe_guide(qgsa: dict, output: GuidedOutput) -> dict:
         """Which of two models answered, and how sure the guide was; the target saw nothing if the guide answered."""
@@ -301,16 +299,6 @@ async def cut(pieces: AsyncIterator[str], stops: list[str]) -> AsyncIterator[str
         yield text[sent : end_of_answer(text, stops, complete=True)]
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read the body, whatever its declared length. Raises RequestError (413) beyond `max_bytes`."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise RequestError(f"the request exceeds the limit of {max_bytes} bytes", status=413)
-    return bytes(body)
-
-
 async def watch(request: Request, disconnected: threading.Event):
     """Set `disconnected` once the client has disconnected."""
     while not await request.is_disconnected():
@@ -320,14 +308,11 @@ async def watch(request: Request, disconnected: threading.Event):
 
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
     """Answer a chat completion. Raises RequestError, when streaming only before the first piece."""
-    try:
-        async with asyncio.timeout(SECONDS_TO_SEND):
-            body = await read_body(request, answerer.limits.max_bytes)
-    except TimeoutError as error:
-        raise RequestError(f"the request did not arrive within {SECONDS_TO_SEND} seconds", status=408) from error
-    chat = await asyncio.to_thread(parse, body)  # many megabytes take seconds, and other requests wait
-    answerer.check(chat)
-    images = await load_images(chat, answerer.limits)
+    with answerer.arrivals.take(request.client.host if request.client else ""):
+        in_thread = asyncio.get_running_loop().run_in_executor
+        chat = await in_thread(answerer.parser, parse, await read_body(request, answerer.limits.max_bytes))
+        answerer.check(chat)
+        images = await answerer.images.load(chat)
 
     disconnected = threading.Event()
     tokenizer = answerer.processor.tokenizer
@@ -393,7 +378,13 @@ def make_app(
     """Server as an ASGI application; arguments as in `Answerer`."""
     answerer, started = Answerer(model, processor, limits, pair), int(time.time())
     handled = (RequestError, HTTPException, ClientDisconnect, Exception)
-    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(handled, error_response))
+
+    @asynccontextmanager
+    async def lifespan(_):
+        yield
+        answerer.close()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=dict.fromkeys(handled, error_response))
 
     @app.get("/health")
     async def health():
@@ -416,8 +407,7 @@ def main():
         run = parse_arguments(ServeArguments, __doc__)
         model, processor, pair = load_served(run)
         app = make_app(model.tune(), processor, run, pair)
-    connections = run.concurrency + run.max_waiting + SPARE_CONNECTIONS
-    uvicorn.run(app, host=run.host, port=run.port, limit_concurrency=connections)
+    uvicorn.run(app, host=run.host, port=run.port, **OPTIONS)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ class Limits:
     max_request_mb: float = field(default=20, metadata={"help": "MB of the request body, and of all fetched images."})
     max_images: int = field(default=8, metadata={"help": "Images per request."})
     max_pixels: int = field(default=50_000_000, metadata={"help": "Pixels per request, over all images."})
+    max_image_seconds: float = field(
+        default=10, metadata={"help": "Seconds per request to decode all images, and a fifth of it for their headers."}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per answer; also the default."})
     concurrency: int = field(default=1, metadata={"help": "Answers generated at the same time."})
     max_waiting: int = field(default=16, metadata={"help": "Waiting requests; the next one gets a 503."})
@@ -33,8 +36,9 @@ class Limits:
         for name, number in minimum.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {number}")
-        if not self.max_request_mb > 0:
-            raise ValueError(f"max_request_mb ({self.max_request_mb}) must be above 0")
+        for name in ("max_request_mb", "max_image_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
 
     @property
     def max_bytes(self) -> int:
@@ -66,14 +70,19 @@ def error_body(error: RequestError) -> dict:
 
 
 class Fields(BaseModel):
-    """Strictly typed fields, no others; null counts as absent."""
+    """Strictly typed fields, no others; null counts as absent. Only the first unknown field is reported."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def drop_null(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+    def simplify_fields(cls, given):
+        if not isinstance(given, dict):
+            return given
+        fields = {name: value for name, value in given.items() if value is not None}
+        known = {name: fields[name] for name in fields.keys() & cls.model_fields.keys()}
+        unknown = next((name for name in fields if name not in known), None)
+        return known if unknown is None else {**known, unknown: fields[unknown]}
 
 
 class ImageURL(Fields):

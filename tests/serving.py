@@ -8,9 +8,9 @@ import uvicorn
 
 
 @contextmanager
-def serving(app):
-    """Serve an app on a free port; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+def serving(app, **options):
+    """Serve an app on a free port, with `options` of uvicorn; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -389,6 +389,7 @@ def test_generation_stops_when_the_client_disconnects(stream, endless):
 # Errors
 
 HELLO = [{"role": "user", "content": "hello there"}]
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_invalid_requests(fields, message, url):
     "body", [b"", b"{", b"[]", b"\xff", b"[" * 10000, b'{"messages":[{"role":"user","content":"\\ud800"}]}']
 )
 def test_invalid_bodies(body, url):
-    response = httpx.post(f"{url}/v1/chat/completions", content=body)
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
@@ -457,10 +458,8 @@ def test_other_models_and_routes(url, client):
     assert httpx.post(f"{url}/reset").status_code == 404
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large(chunked, url):
-    content = (b" " * 10**5 for _ in range(30)) if chunked else b" " * 3 * 10**6
-    response = httpx.post(f"{url}/v1/chat/completions", content=content)
+def test_a_body_that_is_too_large(url):
+    response = httpx.post(f"{url}/v1/chat/completions", content=b" " * 3 * 10**6, headers=JSON)
     assert response.status_code == 413 and "exceeds the limit of 1000000 bytes" in response.json()["error"]["message"]
     assert httpx.get(f"{url}/health").status_code == 200
 
@@ -508,9 +507,9 @@ def test_invalid_images(images, message, ask):
 
 def test_unexpected_errors_reveal_no_details(checkpoint):
     class Broken:
-        tokenizer = checkpoint[1].tokenizer
+        tokenizer, chat_template = checkpoint[1].tokenizer, checkpoint[1].chat_template
 
-        def apply_chat_template(self, *_, **__):
+        def __call__(self, *_, **__):
             raise KeyError("a secret")
 
     with serving(make_app(checkpoint[0], Broken(), Limits())) as url:
@@ -534,7 +533,8 @@ def test_public_addresses(address):
     ["127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"]
     + ["192.0.2.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1"]
     + ["fe80::1%eth0", "fc00::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "64:ff9b::7f00:1"]
-    + ["2002:7f00:1::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2"],
+    + ["2002:7f00:1::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:20::1", "2001:1ff::1", "3fff::1", "3fff:fff::1"]
+    + ["192.0.0.1", "192.0.0.9", "192.0.0.10", "192.0.0.255", "192.88.99.1", "192.88.99.255"],
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
@@ -572,7 +572,6 @@ def test_private_addresses_are_not_fetched_from(files, checkpoint):
         "0.0.0.0",
         "[::1]",
         "[::ffff:127.0.0.1]",
-        "a@127.0.0.1",
     ]
     with serving(make_app(*checkpoint, Limits(allow_urls=True))) as url:
         client = connect(url)
@@ -580,7 +579,7 @@ def test_private_addresses_are_not_fetched_from(files, checkpoint):
             messages = [user("what is it?", f"http://{host}:{files.server_port}/image.png")]
             with pytest.raises(openai.BadRequestError, match="must resolve to public addresses only"):
                 client.chat.completions.create(model=NAME, messages=messages)
-        for bad in ("http://", "https://[", "http://a b/", "http://nowhere.invalid/a.png"):
+        for bad in ("http://", "https://[", "http://nowhere.invalid/a.png", f"http://{'a' * 300}/"):
             with pytest.raises(openai.BadRequestError, match="messages.0.content.0.image_url.url: "):
                 client.chat.completions.create(model=NAME, messages=[user("what is it?", bad)])
     assert not files.asked
@@ -625,6 +624,45 @@ def test_urls_that_are_not_fetched(path, options, message, files):
     assert [path for path, _ in files.asked] in ([], [path])
 
 
+@pytest.mark.parametrize(
+    "authority",
+    [
+        "a@cards.example",
+        "a:b@cards.example",
+        "127.0.0.1\\@cards.example",
+        "cards.example\\@127.0.0.1",
+        "cards%2eexample",
+    ]
+    + [
+        "cards.example\\.127.0.0.1",
+        "cards。example",
+        "kärten.example",
+        "cards.example:0",
+        "cards.example:99999",
+        "[::1",
+    ]
+    + [
+        "[fe80::1%25eth0]",
+        "cards.example ",
+        " cards.example",
+        "cards\texample",
+        "cards.example\n",
+        "",
+        ":80",
+        "a:80:80",
+    ],
+)
+def test_odd_hosts_are_refused_before_any_lookup(authority):
+    with asyncio.Runner(loop_factory=lambda: Names({})) as runner:
+        with pytest.raises(
+            RequestError, match=r"url: .* must be http\(s\)://host/ or http\(s\)://host:port/"
+        ) as raised:
+            runner.run(
+                fetch(f"http://{authority}/image.png", "url", Limits(allow_urls=True), 10**6, lambda address: True)
+            )
+    assert raised.value.status == 400
+
+
 # The script
 
 
@@ -638,7 +676,8 @@ def test_the_script_listens_on_loopback_only(script):
 
 def test_arguments():
     assert ServeArguments().host == "127.0.0.1" and not ServeArguments().allow_urls
-    for name, number in {"concurrency": 0, "max_pixels": 0, "max_request_mb": 0, "max_waiting": -1}.items():
+    too_low = dict.fromkeys(("concurrency", "max_pixels", "max_request_mb", "max_image_seconds"), 0)
+    for name, number in {**too_low, "max_waiting": -1}.items():
         with pytest.raises(ValueError, match=rf"{name} \({number}\) must be"):
             ServeArguments(**{name: number})
 
