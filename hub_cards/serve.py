@@ -51,6 +51,7 @@ from modeling_qgsa import GuidedVLM, QGSAProcessor, QGSASmolVLMForConditionalGen
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.guidance_qgsa import GuidedOutput
 from modeling_qgsa.layout_qgsa import VisualLayout
+from modeling_qgsa.schedule_qgsa import schedule_of
 from training.cli.arguments import errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
 
@@ -166,7 +167,14 @@ class Answerer:
         check_limits(chat, self.limits, self.markers, self.max_characters)
 
     def budget(self, chat: ChatRequest) -> Budget:
-        return Budget.of(self.model.config, **chat.qgsa.model_dump())
+        """The budget of a request. Raises ValueError if it is out of range, or its schedule does not fit the model."""
+        given = chat.qgsa.model_dump()
+        vision_budget = given.pop("vision_budget")
+        schedule_of(self.model.config, vision_budget)
+        budget = Budget.of(self.model.config, **given)
+        if budget.selection == "dense" and vision_budget is not None:
+            raise ValueError(f'vision_budget ({vision_budget}): not available with selection "dense"')
+        return budget
 
     def start(
         self, chat: ChatRequest, images: list[Encoded], streamer, disconnected: threading.Event
@@ -246,19 +254,21 @@ class Answerer:
     def describe(self, input_ids: torch.LongTensor, selection) -> dict:
         """Cost of each image, `input_ids` being `(1, L)`; everything counts without a `selection`.
 
-        Returns visual_tokens (kept) and tiles (encoded at high resolution), each also for "dense"; one number per
-        image.
+        Returns visual_tokens (kept) and tiles (encoded at high resolution), each also for "dense", one number per
+        image; and vision_share, the share of the text model's work on visual tokens that its layers do.
         """
         config = self.model.config
         layout = VisualLayout.of(config, input_ids)
         tiles = [rows * columns for rows, columns in layout.grids.tolist()]
         tokens = [(count + 1) * config.tokens_per_tile for count in tiles]
         described = {"visual_tokens": tokens, "visual_tokens_dense": tokens, "tiles": tiles, "tiles_dense": tiles}
+        described["vision_share"] = 1.0
         if selection is not None:
             kept = selection.kept_tokens[0].split(tokens)
             encoded = selection.kept_tiles[0].split([count + 1 for count in tiles])
             described["visual_tokens"] = [int(image.sum()) for image in kept]
             described["tiles"] = [int(image[:-1].sum()) for image in encoded]  # the last is the global view
+            described["vision_share"] = round(float(selection.vision_share[0]), 4)
         return described
 
     def close(self):

@@ -127,6 +127,7 @@ QGSAOptions = create_model(
     "QGSAOptions",
     __base__=Fields,
     __doc__="Budget of one request, as the keyword arguments of `generate`; the model checks the values.",
+    vision_budget=(float | Annotated[str, Field(max_length=1000)] | None, None),
     **{name: (kind | None, None) for name, kind in get_type_hints(Budget).items()},
 )
 

@@ -124,7 +124,8 @@ def test_an_answer_is_that_of_generate(index, ask, expect):
     assert response.choices[0].finish_reason == "stop"
     looked = {"visual_tokens": selection.visual_tokens.tolist(), "tiles": selection.tiles.tolist()}
     seconds = response.qgsa.pop("seconds")
-    assert response.qgsa == {**looked, "visual_tokens_dense": [272], "tiles_dense": [16]} and 0 < seconds < 60
+    dense = {"visual_tokens_dense": [272], "tiles_dense": [16], "vision_share": 1.0}
+    assert response.qgsa == {**looked, **dense} and 0 < seconds < 60
     usage = response.usage
     assert usage.prompt_tokens > 272 and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
@@ -170,6 +171,17 @@ def test_budgets_of_a_request(budget, looked, ask, expect):
     response = ask([user(sample["question"], sample["image"])], extra_body={"qgsa": budget})
     assert (response.qgsa["visual_tokens"], response.qgsa["tiles"]) == looked
     assert text_of(response) == expect([turn("user", sample["question"], 1)], [sample["image"]], **budget)[0]
+
+
+@pytest.mark.parametrize("vision_budget", ["FFCCCT", "CTTTTT"])
+def test_how_deep_vision_goes_in_a_request(vision_budget, ask, expect):
+    sample = CARDS[0]
+    budget = {"vision_budget": vision_budget}
+    response = ask([user(sample["question"], sample["image"])], extra_body={"qgsa": budget})
+    text, selection = expect([turn("user", sample["question"], 1)], [sample["image"]], **budget)
+    assert text_of(response) == text
+    assert response.qgsa["vision_share"] == pytest.approx(float(selection.vision_share[0]), abs=1e-4)
+    assert response.qgsa["vision_share"] < 0.5
 
 
 @pytest.mark.parametrize("threshold, answered_by", [(-1.0, "guide"), (1.5, "target")])
@@ -418,6 +430,10 @@ JSON = {"content-type": "application/json"}
         ({"qgsa": {"max_tiles": "3"}}, "qgsa.max_tiles: .* not '3'"),
         ({"qgsa": {"max_visual_tokens": 2**31}}, "qgsa: .*max_visual_tokens"),
         ({"qgsa": {"selection": "best"}}, "qgsa: selection .*'best'.* before_encoder"),
+        ({"qgsa": {"vision_budget": 0.5}}, r"qgsa: vision_budget \(0.5\): the layers .* not ranked"),
+        ({"qgsa": {"vision_budget": "FFC"}}, "qgsa: vision_budget .3 layers. must have one kind for each of the 6"),
+        ({"qgsa": {"vision_budget": True}}, "qgsa.vision_budget"),
+        ({"qgsa": {"vision_budget": "CCCCCC", "selection": "dense"}}, "qgsa: vision_budget .*dense"),
         ({"qgsa": {"min_tiles": 5, "max_tiles": 2}}, "qgsa: min_tiles .*5.* max_tiles .*2"),
         ({"messages": [user("what? " * 1500)]}, r"\d+ prompt tokens and 1 answer tokens exceed .* 2048"),
         ({"messages": [user("what? " * 15000)]}, r"messages: 90000 characters exceed the \d+"),
