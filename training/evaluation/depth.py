@@ -1,5 +1,6 @@
 """Systems in which vision takes part in few layers of the text model, and what to compare them with."""
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from math import ceil
@@ -12,6 +13,7 @@ from training.methods import METHODS
 from training.methods.schedules import at_random, evenly, full_where, shortest
 
 
+QUANTILES = (0.8, 0.6)  # chances that the schedule of the policy suffices
 EVERYTHING = {
     "selection": "after_encoder",
     "pointer": "attention",
@@ -47,12 +49,17 @@ def untrained_systems(dense, ranking: dict, shares: Sequence[float]) -> list[Sys
 
 
 def trained_systems(visor) -> list[System]:
-    """Every schedule of a universal checkpoint but the last, and its policy."""
+    """Every schedule of a universal checkpoint but the last, and its policy, as configured and at lower quantiles."""
     text, systems = visor.config.text_config, []
     for letters in visor.config.vision_schedules[:-1]:
         share = vision_share(parse_schedule("", letters, len(letters)), text)
         systems.append(System(f"visor, {share:.1%}", visor, EVERYTHING | {"vision_budget": letters}))
-    return [*systems, System("visor", visor, EVERYTHING)]
+    systems.append(System("visor", visor, EVERYTHING))
+    for quantile in QUANTILES:
+        cheaper = copy.deepcopy(visor)
+        cheaper.config.complexity_quantile = quantile
+        systems.append(System(f"visor, quantile {quantile}", cheaper, EVERYTHING))
+    return systems
 
 
 def by_depth(model, name: str) -> list[System]:

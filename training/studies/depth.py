@@ -4,13 +4,14 @@
 
 Of every system it counts, by formula, the FLOPs of the text model on visual tokens, and the bytes of keys and values.
 Tiles are encoded once for all systems, so seconds mean nothing here: those are in `depth_speed.py`. Writes
-`visor_cards.json` and prints the tables.
+`visor_cards.json` and prints the tables. Several processes (`torchrun --nproc_per_node 2`) share the questions.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from torch.utils.data import Subset
 
 from modeling_qgsa.schedule_qgsa import vision_share
@@ -69,7 +70,7 @@ def make_systems(run: DepthArguments, dense, visor, processor) -> list[System]:
     ranking = dense.rank_vision_layers(Subset(Cards("train", run.ranking_size), range(run.ranking_size)), processor)
     text = visor.config.text_config
     trained = trained_systems(visor)
-    shares = [vision_share_of(system, text) for system in trained[:-1]]
+    shares = [vision_share_of(system, text) for system in trained if "vision_budget" in system.options]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
@@ -127,6 +128,8 @@ def main():
         questions = Cards(run.eval_split, run.test_size, families=families)
     systems = make_systems(run, dense.eval(), visor, processor)
     everything, asked = answer(systems, questions, processor, 50, LONGEST, share_features=True)
+    if not PartialState().is_main_process:  # all have answered; the first one reports
+        return
     rows = compare(systems, everything, asked, "cards")
     add_flops(rows, systems, questions, processor, LONGEST, run.flops_questions)
     for system, answers, row in zip(systems, everything, rows):
