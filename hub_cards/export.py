@@ -9,7 +9,8 @@ architectures (such as llama.cpp and OpenVINO):
 
     python hub_cards/export.py --model outputs/vqa_rad_256m --format idefics3 --output_dir outputs/hub/plain-256m
 
-`--format onnx` adds graphs for ONNX Runtime, named as in the published repositories:
+`--format onnx` adds graphs for ONNX Runtime, named as in the published repositories, and the code that runs them
+without torch (`qgsa_onnx`):
 
     python hub_cards/export.py --model outputs/vqa_rad_256m --format onnx --output_dir outputs/hub/onnx-256m
 
@@ -71,6 +72,20 @@ The weights of a QGSA-SmolVLM without its selector: a plain SmolVLM that encodes
 token, for software that does not support QGSA. Load it with
 `AutoModelForImageTextToText.from_pretrained("{repo_id}")`. Its logits equal those of QGSA with `selection="dense"`; it
 has not been measured separately.
+"""
+ONNX_CARD = """
+## ONNX Runtime
+
+`onnx/` holds graphs for ONNX Runtime ({variants}), named as in the published SmolVLM repositories. In a copy of this
+repository, and with `pip install onnxruntime tokenizers pillow`, `qgsa_onnx` runs them without torch and transformers:
+
+```python
+from PIL import Image
+from qgsa_onnx import OnnxModel, chat_prompt
+
+model = OnnxModel(".", variant="{variant}")
+print(model.generate(chat_prompt("what shape is on the red card?"), [Image.open("image.png")]).text)
+```
 """
 FORMATS = ("qgsa", "onnx", *PLAIN)
 VARIANTS = ("fp32", "fp16", "int8", "q4")
@@ -168,10 +183,15 @@ def check_onnx(variants: list[str]):
 
 
 def add_onnx(run: ExportArguments, model: QGSASmolVLMForConditionalGeneration, folder: Path):
-    """Add the graphs of the model."""
+    """Add the graphs of the model, the code that runs them, and a section of the card."""
     from export_onnx import export_graphs  # needs packages that the other formats do not
 
     export_graphs(model, folder / "onnx", run.onnx_variants)
+    (folder / "qgsa_onnx").mkdir()
+    for path in (HERE / "qgsa_onnx").glob("*.py"):
+        shutil.copyfile(path, folder / "qgsa_onnx" / path.name)
+    with (folder / "README.md").open("a") as card:
+        card.write(ONNX_CARD.format(variants=", ".join(run.onnx_variants), variant=run.onnx_variants[0]))
 
 
 def dense_base_of(model: str) -> str:

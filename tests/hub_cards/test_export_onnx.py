@@ -127,6 +127,9 @@ def test_the_folder_has_the_published_layout(tmp_path):
         assert inputs_of(decoder) == ["inputs_embeds", "attention_mask", "position_ids", *cache]
         outputs = [each.name for each in onnxruntime.InferenceSession(decoder).get_outputs()]
         assert outputs == ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    for path in (ROOT / "hub_cards" / "qgsa_onnx").glob("*.py"):
+        assert (output / "qgsa_onnx" / path.name).read_text() == path.read_text()
+    assert 'OnnxModel(".", variant="fp32")' in (output / "README.md").read_text()
     assert (output / "model.safetensors").exists() and json.loads((output / "config.json").read_text())["auto_map"]
 
 
