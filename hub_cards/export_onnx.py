@@ -1,8 +1,8 @@
 """The ONNX graphs of a checkpoint, in the layout of the published SmolVLM repositories.
 
-Names of files, inputs and outputs are those of the `onnx` folder of HuggingFaceTB/SmolVLM-256M-Instruct, as its model
-card and transformers.js read them (`models/modeling_utils.js`, `models/idefics3/modeling_idefics3.js`, and
-`utils/dtypes.js` for the suffixes of the variants):
+Names of files, inputs and outputs are those that transformers.js reads (its sessions of image-text-to-text models,
+`encode_image` of its Idefics3 model, and `utils/dtypes.js` for the suffixes of the variants) and that the example of
+HuggingFaceTB/SmolVLM-256M-Instruct for onnxruntime feeds. The published files themselves were not at hand.
 
     vision_encoder        pixel_values, pixel_attention_mask -> image_features
     embed_tokens          input_ids -> inputs_embeds
@@ -265,8 +265,9 @@ def export_graphs(model: QGSASmolVLMForConditionalGeneration, folder: Path, vari
     for name, graph in graphs.items():
         traced = folder / f"{name}.onnx"
         trace(graph, traced)
-        for variant in CONVERT.keys() & variants:
-            CONVERT[variant](traced, folder / f"{name}_{variant}.onnx")
+        for variant, convert in CONVERT.items():
+            if variant in variants:
+                convert(traced, folder / f"{name}_{variant}.onnx")
         if "fp32" not in variants:
             traced.unlink()
 
@@ -309,8 +310,8 @@ def to_int8(source: Path, target: Path):
 
 def to_four_bits(source: Path, target: Path):
     """Weights of matrix products in 4 bits, in blocks of 32; embeddings stay as they are."""
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)  # all nodes at INFO
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # sets up logging by its import
+    logging.basicConfig()  # or else the following import sets the level of all loggers to INFO
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
         onnx.load(source), block_size=32, is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul",)
