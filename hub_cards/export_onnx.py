@@ -28,6 +28,7 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
@@ -35,7 +36,7 @@ from modeling_qgsa.attention_qgsa import row_attention
 from modeling_qgsa.pointer_qgsa import attention_layers
 
 
-OPSET = 17  # the first with LayerNormalization; read by onnxruntime from 1.12 on
+OPSET = 17  # the first with LayerNormalization
 MAX_BYTES = 2**31  # of a protobuf file
 
 
@@ -290,11 +291,19 @@ def trace(graph: Graph, path: Path):
         )
     # Also removes what stands between a weight that is used twice and its products, and would keep it in float32.
     quant_pre_process(path, path, skip_symbolic_shape=True)
+    model = onnx.load(path)
+    used = {node.domain for node in model.graph.node}
+    imports = [each for each in model.opset_import if each.domain in used]  # others would bind to new runtimes
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    onnx.save(model, path)
 
 
 def to_half(source: Path, target: Path):
     """Weights and arithmetic in float16."""
-    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+    half = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+    half.topological_sort()  # the conversion appends its casts
+    half.save_model_to_file(str(target))
 
 
 def to_int8(source: Path, target: Path):

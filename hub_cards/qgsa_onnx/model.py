@@ -145,6 +145,8 @@ class OnnxModel:
         if config["pointer"] and question.any() and (scores is None or not limits.is_fixed):
             point = self.point_by_attention if config["pointer"] == "attention" else self.point_by_selector
             pointing = point(prompt, limits, embeds, question, answer, glance)
+        if not np.isfinite(pointing.relevance).all():
+            raise ValueError("relevance holds NaN or infinite values: choose another variant, or check the weights")
         m, k = limits.resolve(pointing.complexity)
         # look
         of_tiles = tile_relevance(np.exp(pointing.relevance), prompt) if scores is None else scores.max(1)

@@ -16,7 +16,8 @@ from modeling_qgsa.attention_qgsa import attention_of_rows
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
-export_onnx = pytest.importorskip("export_onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install -e '.[onnx]'")
+export_onnx = pytest.importorskip("export_onnx")
 
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,9 @@ def test_the_folder_has_the_published_layout(tmp_path):
     assert set(export.VARIANTS) == {"fp32", *export_onnx.CONVERT}
     suffixes = ["", *(f"_{variant}" for variant in export_onnx.CONVERT)]
     assert {path.name for path in (output / "onnx").iterdir()} == {f"{n}{s}.onnx" for n in names for s in suffixes}
+    for path in (output / "onnx").iterdir():
+        onnx.checker.check_model(path)
+        assert {each.domain for each in onnx.load(path).opset_import} <= {"", "com.microsoft"}
     cache = [f"past_key_values.{layer}.{part}" for layer in range(6) for part in ("key", "value")]
     for suffix in suffixes:
         assert inputs_of(output / "onnx" / f"vision_encoder{suffix}.onnx") == ["pixel_values", "pixel_attention_mask"]

@@ -291,6 +291,14 @@ def test_without_a_pointer_something_has_to_choose(published, make_image):
         runtime.generate(qgsa_onnx.chat_prompt(QUESTION), [make_image(1)])
 
 
+def test_a_relevance_that_is_not_finite_is_refused(folders, tmp_path, make_image):
+    folder = shutil.copytree(folders / "attention", tmp_path / "nan")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_temperature": float("nan")}))
+    with pytest.raises(ValueError, match="relevance holds NaN"):
+        qgsa_onnx.OnnxModel(folder).generate(qgsa_onnx.chat_prompt(QUESTION), [make_image(1)])
+
+
 def without(name):
     return lambda folder: (folder / name).unlink()
 
