@@ -89,6 +89,9 @@ class OnnxModel:
                 raise ValueError(f"folder ({folder}) has a tokenizer without {token}: give one of SmolVLM")
         names = (*GRAPHS, *POINTER_GRAPHS[self.config["pointer"]])
         paths = {name: existing(folder, f"onnx/{name}{SUFFIXES[variant]}.onnx") for name in names}
+        options = onnxruntime.SessionOptions()  # the idle threads of one graph must not spin while another one runs
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = {"sess_options": options} | session
         self.sessions = {name: onnxruntime.InferenceSession(path, **session) for name, path in paths.items()}
 
     def generate(
