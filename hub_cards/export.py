@@ -9,12 +9,18 @@ architectures (such as llama.cpp and OpenVINO):
 
     python hub_cards/export.py --model outputs/vqa_rad_256m --format idefics3 --output_dir outputs/hub/plain-256m
 
+`--format onnx` adds graphs for ONNX Runtime, named as in the published repositories, and the code that runs them
+without torch (`qgsa_onnx`):
+
+    python hub_cards/export.py --model outputs/vqa_rad_256m --format onnx --output_dir outputs/hub/onnx-256m
+
 The folder appears only once it is complete; an existing folder is left untouched.
 """
 
 import json
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -67,6 +73,22 @@ token, for software that does not support QGSA. Load it with
 `AutoModelForImageTextToText.from_pretrained("{repo_id}")`. Its logits equal those of QGSA with `selection="dense"`; it
 has not been measured separately.
 """
+ONNX_CARD = """
+## ONNX Runtime
+
+`onnx/` holds graphs for ONNX Runtime ({variants}), named as in the published SmolVLM repositories. In a copy of this
+repository, and with `pip install onnxruntime tokenizers pillow`, `qgsa_onnx` runs them without torch and transformers:
+
+```python
+from PIL import Image
+from qgsa_onnx import OnnxModel, chat_prompt
+
+model = OnnxModel(".", variant="{variant}")
+print(model.generate(chat_prompt("what shape is on the red card?"), [Image.open("image.png")]).text)
+```
+"""
+FORMATS = ("qgsa", "onnx", *PLAIN)
+VARIANTS = ("fp32", "fp16", "int8", "q4")
 SIZES = {576: "256m", 960: "500m"}  # by hidden size of the text model
 RENAMED = {"--base_model": "--model", "--output": "--output_dir", "--files": "--processor"}
 RESULTS = HERE / "results"
@@ -82,7 +104,15 @@ class ExportArguments:
     )
     output_dir: str = field(metadata={"help": "Folder to create; must be empty or not exist."})
     format: str = field(
-        default="qgsa", metadata={"help": "qgsa; or idefics3 or smolvlm, the plain architecture without selector."}
+        default="qgsa",
+        metadata={
+            "help": "qgsa; onnx, the same with graphs for ONNX Runtime; or idefics3 or smolvlm, the plain "
+            "architecture without selector."
+        },
+    )
+    onnx_variants: list[str] = field(
+        default_factory=lambda: ["fp32", "int8"],
+        metadata={"help": f"Precisions of the graphs of --format onnx, some of {', '.join(VARIANTS)}."},
     )
     processor: str | None = field(
         default=None,
@@ -104,8 +134,10 @@ def main():
 
 def export(run: ExportArguments):
     """Create the folder `run.output_dir`. Raises ValueError if the folder is not empty or the format is unknown."""
-    if run.format not in ("qgsa", *PLAIN):
-        raise ValueError(f"format ({run.format!r}) must be one of qgsa, {', '.join(PLAIN)}")
+    if run.format not in FORMATS:
+        raise ValueError(f"format ({run.format!r}) must be one of {', '.join(FORMATS)}")
+    if run.format == "onnx":
+        check_onnx(run.onnx_variants)
     output = Path(run.output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output_dir ({output}) must be empty or not exist: choose another folder")
@@ -120,22 +152,46 @@ def export(run: ExportArguments):
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         staged = Path(folder) / output.name
-        if run.format == "qgsa":
+        if run.format in PLAIN:
+            to_plain(model, run.format).save_pretrained(staged)
+            (staged / "README.md").write_text(PLAIN_CARD.format(repo_id=run.repo_id or run.output_dir))
+        else:
             model.save_pretrained(staged)
             for path in CODE.glob("*_qgsa.py"):
                 shutil.copyfile(path, staged / path.name)
             add_evidence(run, staged)
             write_card(staged, describe(run, model, made_from, staged))
-        else:
-            to_plain(model, run.format).save_pretrained(staged)
-            (staged / "README.md").write_text(PLAIN_CARD.format(repo_id=run.repo_id or run.output_dir))
         copy_processor(files, staged, run.format)
         write_generation_config(files, staged, model)
         add_legacy_fields(staged)
         shutil.copyfile(HERE.parent / "LICENSE", staged / "LICENSE")
+        if run.format == "onnx":  # last: it changes the model
+            add_onnx(run, model, staged)
         if output.exists():
             output.rmdir()
         staged.rename(output)
+
+
+def check_onnx(variants: list[str]):
+    """Raise ValueError for an unknown variant or a missing package, before anything is computed."""
+    for variant in variants or [""]:
+        if variant not in VARIANTS:
+            raise ValueError(f"onnx_variants ({variant!r}): choose from {', '.join(VARIANTS)}")
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"format ('onnx') needs {' and '.join(missing)}: pip install -e '.[onnx]'")
+
+
+def add_onnx(run: ExportArguments, model: QGSASmolVLMForConditionalGeneration, folder: Path):
+    """Add the graphs of the model, the code that runs them, and a section of the card."""
+    from export_onnx import export_graphs  # needs packages that the other formats do not
+
+    export_graphs(model, folder / "onnx", run.onnx_variants)
+    (folder / "qgsa_onnx").mkdir()
+    for path in (HERE / "qgsa_onnx").glob("*.py"):
+        shutil.copyfile(path, folder / "qgsa_onnx" / path.name)
+    with (folder / "README.md").open("a") as card:
+        card.write(ONNX_CARD.format(variants=", ".join(run.onnx_variants), variant=run.onnx_variants[0]))
 
 
 def dense_base_of(model: str) -> str:
@@ -201,7 +257,7 @@ def copy_processor(files: Path, folder: Path, architecture: str):
             f"processor ({files}) was saved by transformers 5, which 4 cannot read: give the published files"
         )
     written = {"image_seq_len": published["image_seq_len"], "processor_class": "Idefics3Processor"}
-    if architecture == "qgsa":
+    if architecture not in PLAIN:
         written |= {"processor_class": "QGSAProcessor", "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
     write_json(folder / "processor_config.json", written)
 

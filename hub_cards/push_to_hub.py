@@ -22,7 +22,8 @@ from training.cli.arguments import errors_in_one_line, parse
 
 
 CARD = "README.md"
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "adapter_*"]  # leftovers of earlier uploads
+# Leftovers of earlier uploads.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.onnx", "*.py", "adapter_*"]
 TEMPORARY = (httpx.TransportError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 RENAMED = {"--folder": "--model"}

@@ -27,6 +27,7 @@ class SelectorAttention(nn.Module):
         super().__init__()
         self.config = config
         self.heads = config.selector_heads
+        self.scaling = (config.selector_hidden_size // config.selector_heads) ** -0.5
         self.in_proj = nn.Linear(config.selector_hidden_size, 3 * config.selector_hidden_size)
         self.out_proj = nn.Linear(config.selector_hidden_size, config.selector_hidden_size)
 
@@ -35,8 +36,7 @@ class SelectorAttention(nn.Module):
         parts = self.in_proj(hidden).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
-        scaling = query.shape[-1] ** -0.5
-        attended, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=scaling, is_causal=False)
+        attended, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.out_proj(attended.flatten(2))
 
 
@@ -133,26 +133,49 @@ class QuestionGuidedSelector(nn.Module):
 
         Raises ValueError in eval mode if the selector was never trained.
         """
-        if not self.training and not self.cell_position.any():  # 0 until the first step, see `init_weights`
+        if not self.training:
+            self.check_trained()
+        (question,), indices = splice(question_mask, (question, 0.0))
+        return self.read(
+            question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :] >= 0, glance
+        )
+
+    def check_trained(self):
+        """Raise ValueError if the selector was never trained."""
+        if not self.cell_position.any():  # 0 until the first step, see `init_weights`
             raise ValueError(
                 'pointer ("selector"): the selector of this model was never trained, and would choose at random. Use '
                 'pointer="attention", which needs no training and is sharpened by model.calibrate(samples, '
                 "processor), or train it with training/run_qgsa.py"
             )
-        (question,), indices = splice(question_mask, (question, 0.0))
-        question, indices = question[:, -self.max_question_tokens :], indices[:, -self.max_question_tokens :]
+
+    def read(
+        self, question: torch.Tensor, is_word: torch.Tensor | None, glance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, from the words of the question alone, at most `max_question_tokens` of them.
+
+        Args:
+            question: `(I, Q, D)`, padded on the left.
+            is_word: `(I, Q)` bool, False for padding; None without padding.
+            glance: `(I, C, D)`.
+        """
         question = self.question_norm(question)
         words = self.question_projection(question)
         words = words + self.word_position[: words.shape[1]].flip(0)
         cells = self.glance_projection(self.glance_norm(glance)) + self.cell_position
         hidden = torch.cat([cells, words], dim=1)
-        present = torch.cat([indices.new_ones(cells.shape[:2], dtype=torch.bool), indices >= 0], dim=1)
-        mask = bidirectional_mask(self.config, hidden, present)
+        mask = None
+        if is_word is not None:
+            present = torch.cat([is_word.new_ones(cells.shape[:2]), is_word], dim=1)
+            mask = bidirectional_mask(self.config, hidden, present)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         hidden = self.norm(hidden)
         cells, words = hidden[:, : cells.shape[1]], hidden[:, cells.shape[1] :]
-        weights = self.word_weight(words).float().masked_fill((indices < 0)[..., None], float("-inf")).softmax(1)
+        weights = self.word_weight(words).float()
+        if is_word is not None:
+            weights = weights.masked_fill(~is_word[..., None], float("-inf"))
+        weights = weights.softmax(1)
         relevance = self.relevance(cells)[..., 0].float().log_softmax(-1)
         return relevance, (question * weights.to(question.dtype)).sum(1)
 

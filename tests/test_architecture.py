@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_a_file_of_a_class_imports_all_that_it_reaches(name):
 
 def test_every_file_of_the_model_is_listed():
     assert set(LAYERS) == {path.name for path in (ROOT / "modeling_qgsa").glob("*_qgsa.py")}
+
+
+def test_the_runtime_of_onnx_graphs_imports_neither_torch_nor_transformers():
+    found = {module for path in files_of("hub_cards/qgsa_onnx") for module in imports(path)}
+    outside = {module.split(".")[0] for module in found if not module.startswith(".")} - set(sys.stdlib_module_names)
+    assert outside == {"numpy", "PIL", "tokenizers", "onnxruntime"}
 
 
 def test_training_names_no_folder_of_hub_cards():

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import export
@@ -163,15 +164,21 @@ def snippets(text: str, language: str) -> list[str]:
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     """All snippets in one session; the tiny dense checkpoint replaces the published one, which needs a network."""
-    export.export(export.ExportArguments(str(ROOT / "hub_cards" / "tiny-qgsa"), str(tmp_path / "qgsa")))
+    model = str(ROOT / "hub_cards" / "tiny-qgsa")
+    export.export(export.ExportArguments(model, str(tmp_path / "qgsa")))
     scope = {"samples": [{**Cards("validation", 24)[number]} for number in range(24)]}
     code = snippets(README.read_text(), "python")
-    assert len(code) == 6
+    assert len(code) == 7
+    if find_spec("onnxruntime") is None:  # not part of every environment
+        code = [snippet for snippet in code if "qgsa_onnx" not in snippet]
+    else:
+        export.export(export.ExportArguments(model, str(tmp_path / "onnx"), "onnx"))
     with serving(serve.make_app(*serve.load("hub_cards/tiny-qgsa"), serve.Limits())) as url:
         run_snippets([snippet.replace("http://127.0.0.1:8000", url) for snippet in code], scope, tmp_path)
     printed = capsys.readouterr().out.strip().splitlines()
     # The pair is twice the same model here, whose surest answers the guide gives alone.
-    assert [line.split()[0] for line in printed] == ["moon", "encoder", "tensor([True])", "moon"]
+    assert [line.split()[0] for line in printed[:4]] == ["moon", "encoder", "tensor([True])", "moon"]
+    assert printed[4:] == ["moon 2"] * (len(code) - 6)  # the thumbnail and a tile
     assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[3]
     assert scope["pair"].guidance.exit_threshold is not None and (tmp_path / "pair" / "guidance.json").is_file()
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()
@@ -181,6 +188,7 @@ def run_snippets(code, scope, tmp_path):
     for snippet in code:
         snippet = snippet.replace('"qgsa-smolvlm/', f'"{ROOT}/')
         snippet = snippet.replace("outputs/hub/qgsa-smolvlm-tiny", str(tmp_path / "qgsa"))
+        snippet = snippet.replace("outputs/hub/onnx-tiny", str(tmp_path / "onnx"))
         snippet = snippet.replace("outputs/pair", str(tmp_path / "pair"))
         for size in ("256M", "500M"):
             snippet = snippet.replace(f"HuggingFaceTB/SmolVLM-{size}-Instruct", str(ROOT / "hub_cards" / "tiny-dense"))

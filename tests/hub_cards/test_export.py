@@ -150,7 +150,7 @@ def test_the_script_reports_errors_in_one_line(tmp_path):
     command = [sys.executable, ROOT / "hub_cards" / "export.py", "--model", TINY, "--output_dir", tmp_path / "out"]
     done = subprocess.run([*map(str, command), "--format", "gguf"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: format ('gguf') must be one of qgsa, idefics3, smolvlm" in done.stderr
+    assert "error: format ('gguf') must be one of qgsa, onnx, idefics3, smolvlm" in done.stderr
 
 
 def test_former_option_names_still_work_with_a_warning(tmp_path):

@@ -64,6 +64,7 @@ def test_pushing_again_replaces_earlier_files(folder):
     with Hub() as hub:
         assert push(hub, folder)[0] == 0
         left = {"pytorch_model.bin": b"", "model-00001-of-00002.safetensors": b"", "old_qgsa.py": b"", "notes.md": b""}
+        left |= {"onnx/vision_encoder.onnx": b"", "qgsa_onnx/old.py": b""}
         hub.repos[REPO] |= left
         (folder / "configuration_qgsa.py").write_text("# better code")
         status, said = push(hub, folder)
