@@ -73,14 +73,15 @@ class BoundedProtocol(H11Protocol):
 
     def make_room(self):
         """Close the connection that has waited longest if there are too many, of this address or in all."""
-        waiting = [each for each in self.connections if each.waiting_since is not None]
+        present = [each for each in self.connections if not each.transport.is_closing()]
+        waiting = [each for each in present if each.waiting_since is not None]
         own = [each for each in waiting if each.network == self.network]
         crowd = own if len(own) > WAITING_PER_ADDRESS else waiting if len(waiting) > WAITING else []
         if not crowd:
             return
         oldest = min(crowd, key=lambda each: each.waiting_since)
         age = self.loop.time() - oldest.waiting_since
-        if age > SECONDS_OF_GRACE or len(self.connections) > MOST_CONNECTIONS:
+        if age > SECONDS_OF_GRACE or len(present) > MOST_CONNECTIONS:
             oldest.transport.abort()
 
     @property
