@@ -24,8 +24,8 @@ SECONDS_OF_SILENCE = 10  # within a body
 SECONDS_TO_READ = 30  # until a client reads on, when its response fills all buffers
 WAITING = 256  # waiting connections
 WAITING_PER_ADDRESS = 64
-SECONDS_OF_GRACE = 1  # a new connection has its chance to send a request, unless there are
-MOST_CONNECTIONS = 512
+SECONDS_OF_GRACE = 1  # in which a connection is not closed in favour of another one, unless there are too many:
+MOST_CONNECTIONS = 512  # file descriptors are often limited to 1024
 SPARE = 8  # requests of one client that are received while the queue is full
 BYTES_AT_ONCE = 8192  # parsed between two looks at the head
 MOST_HELD = 2**20  # bytes that come before their turn
@@ -73,14 +73,15 @@ class BoundedProtocol(H11Protocol):
 
     def make_room(self):
         """Close the connection that has waited longest if there are too many, of this address or in all."""
-        waiting = [each for each in self.connections if each.waiting_since is not None]
+        present = [each for each in self.connections if not each.transport.is_closing()]
+        waiting = [each for each in present if each.waiting_since is not None]
         own = [each for each in waiting if each.network == self.network]
         crowd = own if len(own) > WAITING_PER_ADDRESS else waiting if len(waiting) > WAITING else []
         if not crowd:
             return
         oldest = min(crowd, key=lambda each: each.waiting_since)
         age = self.loop.time() - oldest.waiting_since
-        if age > SECONDS_OF_GRACE or len(self.connections) > MOST_CONNECTIONS:
+        if age > SECONDS_OF_GRACE or len(present) > MOST_CONNECTIONS:
             oldest.transport.abort()
 
     @property

@@ -132,19 +132,28 @@ class Workers:
         """Run a job once a worker is idle; returns its result. Raises WorkerKilled, if need be after `seconds`."""
         worker = self.idle.get()
         try:
+            if self.closed:
+                raise WorkerKilled
+            if worker.process.poll() is not None:  # killed from outside while it was idle
+                worker = self.replace(worker)
             return worker.ask(seconds, fields, data)
         finally:
             if not worker.alive and not self.closed:
-                worker.end()
-                self.all.remove(worker)
-                worker = Worker(self.command)
-                self.all.append(worker)
+                worker = self.replace(worker)
             self.idle.put(worker)
 
+    def replace(self, worker: Worker) -> Worker:
+        worker.end()
+        self.all.remove(worker)
+        self.all.append(Worker(self.command))
+        return self.all[-1]
+
     def close(self):
-        """End all workers, also those with a job."""
+        """End all workers, and with them the jobs that they have or will get."""
         self.closed = True
         for worker in list(self.all):
             worker.kill()
-        for _ in list(self.all):
-            self.idle.get().end()
+        ended = [self.idle.get() for _ in list(self.all)]
+        for worker in ended:
+            worker.end()
+            self.idle.put(worker)

@@ -254,6 +254,15 @@ def test_an_address_closes_its_own_connections_only(url):
         assert is_closed(first) and not is_closed(other)
 
 
+def test_connections_are_bounded_even_if_all_are_new(url):
+    opened = []
+    with ExitStack() as stack:
+        for number in range(serve_connections.MOST_CONNECTIONS + 60):
+            opened.append(stack.enter_context(sent(url, b"", f"127.0.1.{1 + number % 20}")))
+        assert ask(url)[0] == 200
+        assert is_closed(opened[0], 2) and is_closed(opened[30], 2) and not is_closed(opened[-1])
+
+
 @pytest.mark.parametrize(
     "host, network",
     [
