@@ -4,14 +4,13 @@
 
 Of every system it counts, by formula, the FLOPs of the text model on visual tokens, and the bytes of keys and values.
 Tiles are encoded once for all systems, so seconds mean nothing here: those are in `depth_speed.py`. Writes
-`visor_cards.json` and prints the tables. Several processes (`torchrun --nproc_per_node 2`) share the questions.
+`visor_cards.json` and prints the tables.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from torch.utils.data import Subset
 
 from modeling_qgsa.schedule_qgsa import vision_share
@@ -56,6 +55,9 @@ class DepthArguments:
     ranking_size: int = field(default=40, metadata={"help": "Training questions to rank the layers on."})
     eval_split: str = field(default="test", metadata={"help": "Questions to ask: test or validation."})
     test_size: int = field(default=2000, metadata={"help": "Number of questions."})
+    systems: list[str] = field(
+        default_factory=list, metadata={"help": "Beginnings of the names of systems to ask; all by default."}
+    )
     flops_questions: int = field(default=4, metadata={"help": "Number of questions whose FLOPs are counted."})
     name: str = field(default="visor_cards", metadata={"help": "Name of the results."})
     output_dir: str = field(default="outputs/depth", metadata={"help": "Folder for results."})
@@ -85,7 +87,8 @@ def make_systems(run: DepthArguments, dense, visor, processor) -> list[System]:
         both = load_model(run.visor_calibrated)
         full = {"vision_budget": both.config.vision_schedules[-1]}
         systems += [System("qgsa+visor, all layers", both, full), System("qgsa+visor", both)]
-    return systems
+    wanted = tuple(run.systems)
+    return [system for system in systems if not wanted or system.name.startswith(("dense", *wanted))]
 
 
 def vision_share_of(system: System, text_config) -> float:
@@ -128,8 +131,6 @@ def main():
         questions = Cards(run.eval_split, run.test_size, families=families)
     systems = make_systems(run, dense.eval(), visor, processor)
     everything, asked = answer(systems, questions, processor, 50, LONGEST, share_features=True)
-    if not PartialState().is_main_process:  # all have answered; the first one reports
-        return
     rows = compare(systems, everything, asked, "cards")
     add_flops(rows, systems, questions, processor, LONGEST, run.flops_questions)
     for system, answers, row in zip(systems, everything, rows):
