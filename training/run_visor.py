@@ -21,7 +21,7 @@ from transformers import TrainingArguments, set_seed
 
 from modeling_qgsa.schedule_qgsa import parse_schedule, shortlist
 from training.cli.arguments import check_source, errors_in_one_line
-from training.cli.presets import PRESETS, parse_arguments
+from training.cli.presets import VISOR_PRESETS, parse_arguments
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
 from training.data.conversations import Conversations
@@ -30,9 +30,6 @@ from training.learning.depth import keep_everything, train_schedules
 from training.learning.output import claimed, identity, last_checkpoint
 from training.learning.store import replace_file
 from training.studies.checkpoints import load_dense
-
-
-VISOR_PRESETS = PRESETS / "visor"
 
 
 @dataclass

@@ -105,7 +105,8 @@ def test_schedules_of_rivals():
         (["--schedules", "FF"], "schedules (2 layers) must have one kind for each of the 4 layers"),
         (["--turns", "0"], "turns (0) must be at least 1"),
         (["--lora_rank", "0"], "lora_rank (0) must be at least 1"),
-        (["--dataset", "vqa_rad", "--data_dir", "nowhere"], "nowhere"),
+        (["--dataset", "vqa_rad", "--data_dir", "nowhere", "--turns", "1"], "nowhere"),
+        (["--dataset", "vqa_rad"], "turns (2) and families (''): for cards alone"),
     ],
 )
 def test_bad_input(arguments, complaint, base, tmp_path, monkeypatch):

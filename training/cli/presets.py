@@ -15,7 +15,8 @@ from training.cli.arguments import Parser, end_with_error
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 STAND_IN_PRESETS = PRESETS / "stand_in"
-SCRIPTS = {PRESETS: "run_qgsa.py", STAND_IN_PRESETS: "run_stand_in.py"}
+VISOR_PRESETS = PRESETS / "visor"
+SCRIPTS = {PRESETS: "run_qgsa.py", STAND_IN_PRESETS: "run_stand_in.py", VISOR_PRESETS: "run_visor.py"}
 EPILOG = """\
 All arguments of transformers.TrainingArguments are accepted too, among them --output_dir, --max_steps,
 --learning_rate, --per_device_train_batch_size, --bf16 and --use_cpu: --help_all lists them.

@@ -6,11 +6,21 @@ import yaml
 from transformers import TrainingArguments
 
 from training.cli.groups import AnswerArguments, StandInArguments
-from training.cli.presets import PRESETS, STAND_IN_PRESETS, as_options, load_presets, parse_arguments, read_preset
+from training.cli.presets import (
+    PRESETS,
+    SCRIPTS,
+    STAND_IN_PRESETS,
+    VISOR_PRESETS,
+    as_options,
+    load_presets,
+    parse_arguments,
+    read_preset,
+)
 from training.data.arguments import DataArguments
 from training.data.sets import DATASETS
 from training.evaluation.systems import choose_systems
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
+from training.run_visor import parse as parse_visor
 from training.standins.dense import parse_stages
 
 
@@ -119,6 +129,13 @@ def test_every_preset_of_the_stand_in_is_understood(name):
         assert parse_stages(stand_in.pictures, args.per_device_train_batch_size)
 
 
+@pytest.mark.parametrize("name", load_presets(VISOR_PRESETS))
+def test_every_preset_of_visor_is_understood(name):
+    preset, visor, data, args = parse_visor(["--preset", name, "--use_cpu", "true"])
+    assert preset == name and data.dataset == "cards" and args.output_dir.startswith("outputs/")
+    assert visor.base_model and visor.shares[-1] == 1 and args.max_steps > 0
+
+
 def test_the_training_arguments_suit_our_collators():
     *_, args = parse("--preset", "demo", "--report_to", "tensorboard")
     assert args.remove_unused_columns is False and args.report_to == []
@@ -127,5 +144,6 @@ def test_the_training_arguments_suit_our_collators():
 
 
 def test_files_and_names_agree():
-    assert {path.parent for path in PRESETS.rglob("*.yaml")} == {PRESETS, STAND_IN_PRESETS}
-    assert not load_presets().keys() & load_presets(STAND_IN_PRESETS).keys()
+    assert {path.parent for path in PRESETS.rglob("*.yaml")} == set(SCRIPTS)
+    names = [name for folder in SCRIPTS for name in load_presets(folder)]
+    assert len(names) == len(set(names))
