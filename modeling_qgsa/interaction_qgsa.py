@@ -7,10 +7,10 @@ take no part). VISOR (CVPR 2026) is a schedule of these. Behind `prune_layer`, o
 in the cache. Sizes as in `layout_qgsa`; L' is the number of positions that reach the text model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -155,41 +155,64 @@ def additive_mask(rows: Stream, columns: Stream, before: torch.Tensor) -> torch.
     return torch.where(seen, added, torch.finfo(rows.hidden.dtype).min).to(rows.hidden.dtype)[:, None]
 
 
-def run_layers(text_model, layers: range, stream: Stream, before: torch.Tensor, cache, gated: bool) -> torch.Tensor:
+class Reader(NamedTuple):
+    """What is common to the groups of layers of one call.
+
+    Args:
+        text_model: whose layers are run.
+        cache: None, or a cache, which is extended.
+        gated: whether the gates count.
+        known: by view, what its groups of layers share: masks, positions and their rotary embeddings.
+    """
+
+    text_model: Any
+    cache: Any
+    gated: bool
+    known: dict[Hashable, dict[str, Any]]
+
+
+def run_layers(
+    reader: Reader, layers: range, stream: Stream, before: torch.Tensor, view: Hashable, cache
+) -> torch.Tensor:
     """Some layers over all columns of a stream: hidden states `(B, n, D)`.
 
     Args:
         before: `(B, slots)`, attention mask of what these layers hold in the cache.
-        cache: None, or a cache, which is extended.
-        gated: whether the gates count.
+        view: of these layers.
+        cache: that of the reader, or None.
     """
-    hidden, shown = stream.hidden, torch.cat([before, stream.shown], 1)
-    if gated:
-        mask = additive_mask(stream, stream, before)
-    else:
-        mask = causal_mask(text_model, hidden, shown, stream.positions, cache, layers.start)
-    rotary = text_model.rotary_emb(hidden, stream.positions)
-    options = {"attention_mask": mask, "position_ids": stream.positions, "position_embeddings": rotary}
+    text_model, hidden = reader.text_model, stream.hidden
+    if view not in reader.known:
+        if reader.gated:
+            mask = additive_mask(stream, stream, before)
+        else:
+            shown = torch.cat([before, stream.shown], 1)
+            mask = causal_mask(text_model, hidden, shown, stream.positions, cache, layers.start)
+        rotary = text_model.rotary_emb(hidden, stream.positions)
+        options = {"attention_mask": mask, "position_ids": stream.positions, "position_embeddings": rotary}
+        reader.known[view] = options
     for number in layers:
-        hidden = text_model.layers[number](hidden, past_key_values=cache, **options)
+        hidden = text_model.layers[number](hidden, past_key_values=cache, **reader.known[view])
     return hidden
 
 
 def run_cross_layers(
-    text_model, layers: range, text: Stream, visual: Stream, before: torch.Tensor, cache
+    reader: Reader, layers: range, text: Stream, visual: Stream, before: torch.Tensor, view: Hashable
 ) -> torch.Tensor:
     """Layers in which text attends to visual tokens that stay as they are: hidden states of the text.
 
     Keys and values of the visual tokens, at their original positions, go into the cache in front of those of the text;
     without a cache into a passing one.
     """
-    columns = Stream(*(torch.cat([vars(visual)[name], vars(text)[name]], 1) for name in vars(text)))
-    mask = additive_mask(text, columns, before)
-    rotary = text_model.rotary_emb(text.hidden, text.positions)
-    options = {"attention_mask": mask, "position_ids": text.positions, "position_embeddings": rotary}
-    places, hidden = text_model.rotary_emb(visual.hidden, visual.positions), text.hidden
+    text_model, hidden = reader.text_model, text.hidden
+    if view not in reader.known:
+        columns = Stream(*(torch.cat([vars(visual)[name], vars(text)[name]], 1) for name in vars(text)))
+        mask, rotary = additive_mask(text, columns, before), text_model.rotary_emb(hidden, text.positions)
+        options = {"attention_mask": mask, "position_ids": text.positions, "position_embeddings": rotary}
+        reader.known[view] = {"places": text_model.rotary_emb(visual.hidden, visual.positions), "options": options}
+    places, options = reader.known[view]["places"], reader.known[view]["options"]
     for number in layers:
-        layer, holding = text_model.layers[number], DynamicCache() if cache is None else cache
+        layer, holding = text_model.layers[number], DynamicCache() if reader.cache is None else reader.cache
         normed = layer.input_layernorm(visual.hidden)
         keys = project_heads(layer.self_attn, layer.self_attn.k_proj, normed, places)
         values = project_heads(layer.self_attn, layer.self_attn.v_proj, normed)
@@ -199,27 +222,27 @@ def run_cross_layers(
 
 
 def run_group(
-    text_model, kind: str, layers: range, stream: Stream, before: torch.Tensor, cache, gated: bool
+    reader: Reader, kind: str, layers: range, stream: Stream, before: torch.Tensor, view: Hashable
 ) -> list[torch.Tensor]:
     """Run layers of one kind over a stream, in place.
 
     Returns the attention masks of what they add to the cache, `(B, slots)` each, in its order.
     """
     if kind == "full":
-        stream.hidden = run_layers(text_model, layers, stream, before, cache, gated)
+        stream.hidden = run_layers(reader, layers, stream, before, view, reader.cache)
         return [stream.shown]
-    if kind == "cross" and text_model.training and is_checkpointing(text_model):
+    if kind == "cross" and reader.text_model.training and is_checkpointing(reader.text_model):
         # A layer that is checkpointed takes no cache. Over all columns it makes the same of the text, at more cost.
         for number in layers:
-            hidden = run_layers(text_model, range(number, number + 1), stream, before, None, gated)
+            hidden = run_layers(reader, range(number, number + 1), stream, before, view, None)
             stream.hidden = torch.where(stream.visual[..., None], stream.hidden, hidden)
         return []
     text, places = stream.take(~stream.visual)
     if kind == "text":
-        stream.put(run_layers(text_model, layers, text, before, cache, gated), places)
+        stream.put(run_layers(reader, layers, text, before, view, reader.cache), places)
         return [text.shown]
     visual, _ = stream.take(stream.visual)
-    stream.put(run_cross_layers(text_model, layers, text, visual, before, cache), places)
+    stream.put(run_cross_layers(reader, layers, text, visual, before, view), places)
     return [visual.shown, text.shown]
 
 
@@ -302,7 +325,7 @@ def read_group(text_model, hidden, shown, positions, cache, interaction: Interac
         gates = interaction.gates
     neutral = torch.zeros_like(positions, dtype=hidden.dtype)
     stream = Stream(hidden, shown[:, -new:], positions, visual, neutral if gates is None else gates.to(hidden))
-    pruned, after = False, dict(before)
+    reader, pruned, after = Reader(text_model, cache, gates is not None, {}), False, dict(before)
     for view, group in groupby(range(len(views)), views.__getitem__):
         numbers = list(group)
         layers, kind = range(numbers[0], numbers[-1] + 1), "full"
@@ -310,7 +333,7 @@ def read_group(text_model, hidden, shown, positions, cache, interaction: Interac
             kind = view.kind if visual.any() else "full"
             if view.pruned and not pruned:
                 stream, pruned = stream.take(kept)[0], True
-        added = run_group(text_model, kind, layers, stream, before[view], cache, gates is not None)
+        added = run_group(reader, kind, layers, stream, before[view], view)
         after[view] = torch.cat([before[view], *added], 1)
     if interaction is None:
         return text_model.norm(stream.hidden), cache

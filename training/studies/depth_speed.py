@@ -182,7 +182,7 @@ def format_questions(rows: list[dict]) -> str:
 def main():
     run = parse(DepthSpeedArguments, __doc__)
     with errors_in_one_line():
-        (image,) = pick_images(run.images, 1)
+        image = pick_images(run.images, 1)[0].resize((1024, 1024))  # 4 x 4 tiles and the thumbnail
         model, processor = build(run.checkpoints, run.size)
         model.to(torch.bfloat16 if run.dtype == "bfloat16" else torch.float32)
     keep_freed_memory()
