@@ -7,8 +7,9 @@
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs/demo", messages=[...], extra_body={"qgsa": {"max_tiles": 2}})
 
-Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. Responses have one additional
-field, `qgsa`, with the number of visual tokens and tiles in use, and which of two models answered. The server measures
+Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. `qgsa` in a request takes the
+budgets of `generate` and `vision_budget`; in a response it has the number of visual tokens and tiles in use, the share of
+the text model's work on them, and which of two models answered. The server measures
 at its start in which precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a
 checkpoint are run; its chat template is, and images are read, by processes with bounds on time and memory. The server
 has no authentication: expose it only behind a proxy that provides it.

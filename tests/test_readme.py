@@ -23,14 +23,17 @@ from training.costs.speed_report import format_first_table, format_headline, for
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
 from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
-from training.evaluation.report import format_by_canvas, format_families, format_table
+from training.evaluation.report import format_by_canvas, format_by_family, format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
 from training.run_guided import PairArguments
 from training.run_qgsa import TaskArguments
 from training.run_stand_in import parse as parse_stand_in
+from training.run_visor import parse as parse_visor
 from training.studies.ablation import format_ablation
 from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adaptive, format_spending
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
+from training.studies.depth import DepthArguments, format_depth
+from training.studies.depth_speed import DepthSpeedArguments, format_depth_speed, format_questions
 from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
@@ -71,6 +74,9 @@ TABLES = {
     "small_dense_cards": lambda rows: [format_by_canvas(rows)],
     "speed_sgl_500m_cpu": lambda rows: [format_pair_speed(rows)],
     "speed_sgl_2b_cpu": lambda rows: [format_pair_speed(rows)],
+    "visor_cards": lambda rows: [format_depth(rows), format_by_family(rows)],
+    "visor_small_cards": lambda rows: [format_depth(rows), format_by_family(rows)],
+    "speed_visor_256m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
@@ -208,6 +214,8 @@ PARSERS = {
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/guided_speed.py": GuidedSpeedArguments,
+    "training/studies/depth.py": DepthArguments,
+    "training/studies/depth_speed.py": DepthSpeedArguments,
     "training/studies/adaptive.py": AdaptiveArguments,
     "training/studies/canvases.py": CanvasesArguments,
     "training/studies/pointing.py": PointingArguments,
@@ -219,6 +227,7 @@ PRESET_PARSERS = {
         [*given, *CPU], "", (TaskArguments, *GROUPS, QGSATrainingArguments)
     ),
     "training/run_stand_in.py": lambda given: parse_stand_in([*given, *CPU]),
+    "training/run_visor.py": lambda given: parse_visor([*given, *CPU]),
     "training/studies/ablation.py": lambda given: parse_arguments(
         [*given, *CPU], "", (*GROUPS, QGSATrainingArguments)
     ),

@@ -58,6 +58,7 @@ class VisorArguments:
     policy_target: float = field(default=0.99, metadata={"help": "Share of the answer's probability to keep."})
     complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the schedule suffices."})
     calibration_size: int = field(default=0, metadata={"help": "Questions to calibrate the pointer on; 0: none."})
+    target_loyalty: float = field(default=0.99, metadata={"help": "Share of answers that the pointer is to keep."})
 
     def __post_init__(self):
         if not self.base_model:
@@ -127,7 +128,7 @@ def run(visor: VisorArguments, data: DataArguments, args: TrainingArguments):
     finish(model, processor, single, visor, output)
     if visor.calibration_size:
         samples = Subset(single, range(min(visor.calibration_size, len(single))))
-        print(model.calibrate(samples, processor, folder=f"{args.output_dir}/observations"))
+        print(model.calibrate(samples, processor, visor.target_loyalty, f"{args.output_dir}/observations"))
         finish(model, processor, single, visor, output.with_name(f"{output.name}_calibrated"))
 
 
