@@ -8,11 +8,11 @@
     client.chat.completions.create(model="outputs/demo", messages=[...], extra_body={"qgsa": {"max_tiles": 2}})
 
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models` and `GET /health`. `qgsa` in a request takes the
-budgets of `generate` and `vision_budget`; in a response it has the number of visual tokens and tiles in use, the share of
-the text model's work on them, and which of two models answered. The server measures
-at its start in which precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a
-checkpoint are run; its chat template is, and images are read, by processes with bounds on time and memory. The server
-has no authentication: expose it only behind a proxy that provides it.
+budgets of `generate` and `vision_budget`; in a response it has the number of visual tokens and tiles in use, the
+share of the text model's work on them, and which of two models answered. The server measures at its start in which
+precision the encoder is fastest, and sets it (`model.tune()`). Neither code nor pickles of a checkpoint are run; its
+chat template is, and images are read, by processes with bounds on time and memory. The server has no authentication:
+expose it only behind a proxy that provides it.
 
 `transformers serve` cannot serve this model: it finds models in tables that `register` calls do not reach, and it has
 no limits on images and URLs and no additional response fields.
