@@ -77,6 +77,7 @@ TABLES = {
     "visor_cards": lambda rows: [format_depth(rows), format_by_family(rows)],
     "visor_small_cards": lambda rows: [format_depth(rows), format_by_family(rows)],
     "speed_visor_256m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
+    "speed_visor_500m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
