@@ -283,7 +283,7 @@ class Request:
             token_scores=given["visual_token_scores"],
             complexity=given["complexity"],
             prune_layer=given["prune_layer"],
-            schedules=tuple(schedules_of(config, given["vision_budget"], cache)),
+            schedules=schedules_of(config, given["vision_budget"], cache),
             gumbel_temperature=config.gumbel_temperature if temperature is None else temperature,
         )
         if budget.selection == "dense" or visual.missing:

@@ -22,7 +22,8 @@ class QGSASelection(ModelOutput):
         kept_tiles (`(B, tiles)` bool): tiles that were encoded, in prompt order, the global view of an image last.
         visual_tokens (`(B,)` int64): k, the number of visual tokens kept per sample.
         tiles (`(B,)` int64): m, the number of high-resolution tiles encoded per sample, without global views.
-        relevance (`(I, rows, columns)` float): the selector's probability of each cell of the glance; sums to 1.
+        relevance (`(I, rows, columns)` float): the pointer's probability of each cell of the glance; sums to 1. All
+            cells are alike if everything is kept, since nothing has to point.
         complexity (`(I,)` float): estimated complexity of the question for each image, 0 to 1.
         grids (`(I, 2)` int64): rows and columns of each image's tiles; 0 x 0 for an image of a single tile.
         image_sample (`(I,)` int64): the sample to which each image belongs.

@@ -77,6 +77,8 @@ def training_samples(visor: VisorArguments, data: DataArguments, args: TrainingA
     Raises ValueError for turns or families of another data set than cards.
     """
     families = visor.families.replace(",", " ").split() or None
+    if data.train_canvases is not None:
+        raise ValueError(f"train_canvases ({', '.join(data.train_canvases)}): conversations are on 4 x 4 tiles alone")
     if data.dataset == "cards":
         train = Conversations("train", data.train_size, args.seed, visor.turns, families)
         return train, Cards("train", data.train_size, args.seed, families=families)
@@ -124,6 +126,8 @@ def run(visor: VisorArguments, data: DataArguments, args: TrainingArguments):
     keep_everything(model)
     set_schedules(model, visor, Subset(single, range(min(visor.ranking_size, len(single)))), processor)
     model = train_schedules(model, processor, train, args, visor.lora_rank, visor.lora_targets)
+    if not args.should_save:  # all processes have trained; the first one fits and saves
+        return
     output = Path(args.output_dir)
     finish(model, processor, single, visor, output)
     if visor.calibration_size:

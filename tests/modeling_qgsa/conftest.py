@@ -12,11 +12,11 @@ from training.data.collator import QuestionCollator
 def make_deep(make_dense, make_model):
     """Makes a model of four layers that points with its attention; `change` may alter the dense one before."""
 
-    def make(change=lambda dense: None, **fields):
+    def make(change=lambda dense: None, seed=3, **fields):
         dense = make_dense()
         config = copy.deepcopy(dense.config)
         config.text_config.num_hidden_layers = 4
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         dense = type(dense)._from_config(config, attn_implementation="sdpa").eval()
         dense.generation_config.pad_token_id = config.text_config.pad_token_id
         change(dense)

@@ -49,15 +49,9 @@ def guide(make_dense, make_model):
 
 
 @pytest.fixture(scope="module")
-def target(make_dense, make_model):
+def target(make_deep):
     """A model of four layers, of other weights."""
-    dense = make_dense()
-    config = copy.deepcopy(dense.config)
-    config.text_config.num_hidden_layers = 4
-    torch.manual_seed(7)
-    dense = type(dense)._from_config(config, attn_implementation="sdpa").eval()
-    dense.generation_config.pad_token_id = config.text_config.pad_token_id
-    return make_model(dense, pointer="attention", keep_tile_markers=True)
+    return make_deep(seed=7)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from training.data.cards import (
+    CANVAS,
     FAMILIES,
     RELATIONS,
     SPLITS,
@@ -34,7 +35,7 @@ ODD_SHARE = 0.3  # of the scenes, if the odd one out is asked for
 
 
 class Conversations(torch.utils.data.Dataset):
-    """Scenes of cards on one canvas with several `turns` each, generated from their index.
+    """Scenes of cards on the benchmark's canvas with several `turns` each, generated from their index.
 
     Args:
         split, seed: as for `Cards`.
@@ -42,16 +43,15 @@ class Conversations(torch.utils.data.Dataset):
         turns: number of questions about each.
         families: families to ask, from `FAMILIES` and `RELATIONS`, as often as `SHARES` says; those of the benchmark
             by default.
-        canvas: its rows and columns in tiles.
 
     Each item is a dict with `image` (PIL, RGB) and `turns`, dicts with `question` and `answer`. Raises ValueError for
     less than 1 turn and an unknown family.
     """
 
-    def __init__(self, split: str, size: int, seed: int, turns: int, families=None, canvas=(4, 4)):
+    def __init__(self, split: str, size: int, seed: int, turns: int, families=None):
         if turns < 1:
             raise ValueError(f"turns ({turns}) must be at least 1")
-        self.split, self.size, self.seed, self.turns, self.canvas = split, size, seed, turns, canvas
+        self.split, self.size, self.seed, self.turns = split, size, seed, turns
         self.families = tuple(FAMILIES) if families is None else tuple(families)
         unknown = set(self.families) - set(FAMILIES) - set(RELATIONS)
         if unknown:
@@ -64,7 +64,7 @@ class Conversations(torch.utils.data.Dataset):
         if not 0 <= index < self.size:
             raise IndexError(f"index ({index}) is out of range for {self.size} samples")
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), self.turns, index))
-        cards = make_scene(rng, self.split, *self.canvas)
+        cards = make_scene(rng, self.split, *CANVAS)
         if "odd" in self.families and rng.random() < ODD_SHARE:
             cards = leave_one_out(rng, cards, cards[0])
         shares = np.array([SHARES[family] for family in self.families])
@@ -74,4 +74,4 @@ class Conversations(torch.utils.data.Dataset):
             turn = make_question(rng, family, cards, cards[rng.integers(len(cards))])
             if turn is not None:
                 turns.append({"question": turn["question"], "answer": turn["answer"]})
-        return {"image": Image.fromarray(render(rng, cards, *self.canvas)), "turns": turns}
+        return {"image": Image.fromarray(render(rng, cards, *CANVAS)), "turns": turns}

@@ -29,6 +29,7 @@ class Answers:
         relevance: maps, `(rows, columns)` as lists, if the selector scored; [] otherwise.
         kept: regions of the image that were kept, boxes `[x0, y0, x1, y1]` as fractions of its width and height.
         seconds: time spent in the model.
+        words: numbers of other tokens in the prompts, with the markers of all tiles.
         vision_shares: share of the text model's work on visual tokens that its layers do, 0 to 1.
         sureness: how sure the guide of a pair was, 0 to 1; nan for other systems, or if it was not asked.
         by_guide: whether the guide of a pair answered alone.
@@ -40,6 +41,7 @@ class Answers:
     relevance: list[list] = field(default_factory=list)
     kept: list[list] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
     vision_shares: list[float] = field(default_factory=list)
     sureness: list[float] = field(default_factory=list)
     by_guide: list[bool] = field(default_factory=list)
@@ -124,6 +126,8 @@ def ask(
     answers.seconds += [seconds] * len(samples)
     pair = isinstance(output, GuidedOutput)
     answers.by_guide += output.answered_by_guide.tolist() if pair else [False] * len(samples)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    answers.words += (inputs["attention_mask"].sum(1) - visual.sum(1)).tolist()
     shares = output.selection.vision_share if "selection" in output and not pair else torch.ones(len(samples))
     answers.vision_shares += shares.tolist()
     sureness = (output.confidence + output.consistency) / 2 if pair else torch.full((len(samples),), float("nan"))

@@ -2,9 +2,8 @@
 
     python training/studies/depth.py --base_model DENSE --visor outputs/visor-tiny
 
-Of every system it counts, by formula, the FLOPs of the text model on visual tokens, and the bytes of keys and values.
-Tiles are encoded once for all systems, so seconds mean nothing here: those are in `depth_speed.py`. Writes
-`visor_cards.json` and prints the tables.
+Of every system it counts, by formula, the FLOPs of the text model on visual tokens. Tiles are encoded once for all
+systems, so seconds mean nothing here: those are in `depth_speed.py`. Writes `visor_cards.json` and prints the tables.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Subset
 
-from modeling_qgsa.schedule_qgsa import vision_share
+from modeling_qgsa.schedule_qgsa import schedule_of, vision_share
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import RELATIONS, Cards
+from training.data.collator import QuestionCollator
 from training.evaluation.answers import answer
 from training.evaluation.depth import (
     by_depth,
@@ -31,8 +31,8 @@ from training.evaluation.systems import System
 from training.studies.checkpoints import load_dense, load_model
 
 
-WORDS = 69  # tokens of a prompt of cards other than visual ones, with the markers of 17 tiles
 LONGEST = 8  # tokens of an answer
+BATCH = 50  # questions
 HARD = ("count", "locate", *RELATIONS)  # families that need several tiles, or where a tile is
 
 
@@ -67,20 +67,23 @@ class DepthArguments:
             raise ValueError("base_model (''): give the dense checkpoint with --base_model")
 
 
-def make_systems(run: DepthArguments, dense, visor, processor) -> list[System]:
-    """All systems, dense first. Rivals that prune tokens have the FLOPs of `visor` at its second schedule."""
+def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> list[System]:
+    """All systems, dense first. Rivals that prune tokens have the FLOPs of `visor` at its second schedule.
+
+    Args:
+        words: number of tokens of a prompt other than visual ones.
+    """
     ranking = dense.rank_vision_layers(Subset(Cards("train", run.ranking_size), range(run.ranking_size)), processor)
-    text = visor.config.text_config
-    trained = trained_systems(visor)
-    shares = [vision_share_of(system, text) for system in trained if "vision_budget" in system.options]
+    trained, text = trained_systems(visor), visor.config.text_config
+    schedules = [schedule_of(visor.config, letters) for letters in visor.config.vision_schedules[:-1]]
+    shares = [vision_share(kinds, text) for kinds in schedules]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
     systems += [*by_depth(dense, "untrained"), *by_depth(visor, "trained")]
     visual = 17 * dense.config.tokens_per_tile
-    systems += pruning_systems(
-        dense, visual_flops(trained[1], visual, shares[1], WORDS, LONGEST), visual, WORDS, LONGEST
-    )
+    allowed = visual_flops(trained[1], visual, shares[1], words, LONGEST)
+    systems += pruning_systems(dense, allowed, visual, words, LONGEST)
     if run.calibrated is not None:
         systems.append(System("qgsa-calibrated", load_model(run.calibrated)))
     if run.visor_calibrated is not None:
@@ -91,10 +94,12 @@ def make_systems(run: DepthArguments, dense, visor, processor) -> list[System]:
     return [system for system in systems if not wanted or system.name.startswith(("dense", *wanted))]
 
 
-def vision_share_of(system: System, text_config) -> float:
-    """The work of the schedule that a system is given."""
-    kinds = {"F": "full", "C": "cross", "T": "text"}
-    return vision_share([kinds[letter] for letter in system.options["vision_budget"]], text_config)
+def count_words(questions, processor) -> int:
+    """The number of tokens of a prompt other than visual ones, on average over a batch."""
+    some = [questions[index] for index in range(min(BATCH, len(questions)))]
+    inputs = QuestionCollator(processor, with_answer=False)(some)
+    visual = (inputs["input_ids"] == processor.image_token_id).sum()
+    return round(float(inputs["attention_mask"].sum() - visual) / len(some))
 
 
 def format_depth(rows: list[dict]) -> str:
@@ -129,13 +134,13 @@ def main():
         visor = load_model(run.visor)
         families = run.families.split(",") if run.families else None
         questions = Cards(run.eval_split, run.test_size, families=families)
-    systems = make_systems(run, dense.eval(), visor, processor)
-    everything, asked = answer(systems, questions, processor, 50, LONGEST, share_features=True)
+    systems = make_systems(run, dense.eval(), visor, processor, count_words(questions, processor))
+    everything, asked = answer(systems, questions, processor, BATCH, LONGEST, share_features=True)
     rows = compare(systems, everything, asked, "cards")
     add_flops(rows, systems, questions, processor, LONGEST, run.flops_questions)
     for system, answers, row in zip(systems, everything, rows):
-        spent = zip(answers.visual_tokens, answers.vision_shares)
-        row["visual_flops"] = float(np.mean([visual_flops(system, *each, WORDS, LONGEST) for each in spent]))
+        spent = zip(answers.visual_tokens, answers.vision_shares, answers.words)
+        row["visual_flops"] = float(np.mean([visual_flops(system, *each, LONGEST) for each in spent]))
         row["schedule"] = system.options.get("vision_budget")
     name = run.name if run.eval_split == "test" else f"{run.name}_{run.eval_split}"
     output = Path(run.output_dir)
