@@ -127,6 +127,18 @@ def test_the_readme_holds_the_controls_of_the_demo():
     assert f"{controls}, and a grey image loses {delta['blank-image'][1:]} pp" in words
 
 
+def test_the_readme_holds_what_depth_adds():
+    rows = {row["system"]: row for row in read_rows("visor_small_cards")}
+    words = " ".join(README.read_text().split())
+
+    def cell(name):
+        return f"{rows[name]['flops']['total'] / 1e9:.2f}", f"{rows[name]['delta_vs_dense_pp']:.1f}"
+
+    (both, loss), (alone, more), (dense, _) = map(cell, ("qgsa+visor", "qgsa-calibrated", "dense"))
+    said = f"QGSA with it takes {both} GFLOPs at {loss} pp, QGSA alone {alone} at {more}, dense {dense}; alone, it"
+    assert said in words
+
+
 def test_the_results_page_holds_the_headline():
     assert (
         format_headline(read_rows("speed_256m_cpu"), read_rows("pareto_cards"), 2048)
