@@ -78,6 +78,8 @@ TABLES = {
     "visor_small_cards": lambda rows: [format_depth(rows), format_by_family(rows)],
     "speed_visor_256m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_500m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
+    "speed_visor_256m_bfloat16_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
+    "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
