@@ -73,6 +73,7 @@ def qgsa_cards() -> dict[Path, CardContent]:
             trained=False,
             picture="results/cards_selections.png",
             speed=results[f"speed_{size}_cpu"],
+            depth=results[f"speed_visor_{size}_float32_cpu"],
             flops=results["flops"]["answers"][f"smolvlm-{size}-instruct"],
         )
     return cards

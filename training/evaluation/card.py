@@ -40,6 +40,7 @@ class CardContent:
         parameters: number of parameters, given for the tiny stand-in only.
         accuracy: results of an evaluation with its controls (`results.json`); None if nothing was measured.
         speed: results of `training/benchmark.py` for this architecture; None if there are none.
+        depth: results of `training/studies/depth_speed.py` for this architecture; None if there are none.
         flops: rows with the FLOPs of an answer by part; None for those in `accuracy`.
         picture: path of the figure of selections, relative to the card; None if there is none.
         calibration: what calibration measured, `config.calibration`; None without it.
@@ -56,6 +57,7 @@ class CardContent:
     parameters: int | None = None
     accuracy: dict | None = None
     speed: dict | None = None
+    depth: dict | None = None
     flops: list[dict] | None = None
     picture: str | None = None
     calibration: dict | None = None
@@ -164,6 +166,8 @@ def render_card(content: CardContent) -> ModelCard:
         speed=speed,
         environment_of_speed=speed and describe_environment(speed["environment"]),
         speed_table=speed and format_speed(speed["rows"], 2048),
+        depth_environment=content.depth and describe_environment(content.depth["environment"]),
+        depth_table=content.depth and format_depth(content.depth["rows"]),
         kept_table=format_kept(qgsa) if qgsa and "visual_tokens_counts" in qgsa else None,
         dense_tokens=f"{rows[0]['visual_tokens_mean']:g}" if rows else None,
     )
@@ -199,6 +203,17 @@ def format_flops(rows: list[dict]) -> str:
     for row in rows:
         flops = " | ".join(f"{row['flops'][part] / 1e9:.3f}" for part in PARTS)
         lines.append(f"| {row['system']} | {row['visual_tokens_mean']:.1f} | {flops} |")
+    return "\n".join(lines)
+
+
+def format_depth(rows: list[dict]) -> str:
+    """Seconds and bytes by schedule of the text model's layers, for one question, as a Markdown table."""
+    lines = ["| layers | visual tokens | prefill, s | per token, s | KV-cache, MB |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.get("batch_size") == 1:
+            seconds = f"{row['prefill']:.2f} | {row['per_token']:.3f}"
+            tokens, held = row["visual_tokens_mean"], row["kv_cache_bytes"] / 1e6
+            lines.append(f"| {row['system']} | {tokens} | {seconds} | {held:.1f} |")
     return "\n".join(lines)
 
 
