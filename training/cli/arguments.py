@@ -57,8 +57,11 @@ def parse(kind, description: str, renamed: dict[str, str] | None = None):
     Args:
         description: text for `--help`, usually the script's docstring.
         renamed: former option names, mapped to their present ones; they still work, with a warning.
+
+    Ends the script with one line for values that the dataclass refuses, too.
     """
-    return Parser(kind, description=description).parse(use_present_names(sys.argv[1:], renamed or {}))[0]
+    with errors_in_one_line():
+        return Parser(kind, description=description).parse(use_present_names(sys.argv[1:], renamed or {}))[0]
 
 
 def use_present_names(arguments: list[str], renamed: dict[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 from math import ceil
 
 from modeling_qgsa.configuration_qgsa import MAX_BUDGET
-from modeling_qgsa.schedule_qgsa import letters_of, parse_schedule, vision_share, within
+from modeling_qgsa.schedule_qgsa import letters_of, parse_schedule, trained_schedules, vision_share, within
 from training.costs.formula import schedule_flops
 from training.evaluation.systems import DENSE, System
 from training.methods import METHODS
@@ -48,12 +48,17 @@ def untrained_systems(dense, ranking: dict, shares: Sequence[float]) -> list[Sys
     return systems
 
 
+def cheaper_schedules(config) -> list[tuple[str, ...]]:
+    """The trained schedules of a config that do less work than the stock model."""
+    return [kinds for kinds in trained_schedules(config) if set(kinds) != {"full"}]
+
+
 def trained_systems(visor) -> list[System]:
-    """Every schedule of a universal checkpoint but the last, and its policy, as configured and at lower quantiles."""
-    text, systems = visor.config.text_config, []
-    for letters in visor.config.vision_schedules[:-1]:
-        share = vision_share(parse_schedule("", letters, len(letters)), text)
-        systems.append(System(f"visor, {share:.1%}", visor, EVERYTHING | {"vision_budget": letters}))
+    """The cheaper schedules of a universal checkpoint, and its policy, as configured and at lower quantiles."""
+    systems = []
+    for kinds in cheaper_schedules(visor.config):
+        name = f"visor, {vision_share(kinds, visor.config.text_config):.1%}"
+        systems.append(System(name, visor, EVERYTHING | {"vision_budget": letters_of(kinds)}))
     systems.append(System("visor", visor, EVERYTHING))
     for quantile in QUANTILES:
         cheaper = copy.deepcopy(visor)

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Subset
 
-from modeling_qgsa.schedule_qgsa import schedule_of, vision_share
+from modeling_qgsa.schedule_qgsa import vision_share
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import RELATIONS, Cards
 from training.data.collator import QuestionCollator
 from training.evaluation.answers import answer
 from training.evaluation.depth import (
     by_depth,
+    cheaper_schedules,
     controls,
     pruning_systems,
     trained_systems,
@@ -75,8 +76,7 @@ def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> li
     """
     ranking = dense.rank_vision_layers(Subset(Cards("train", run.ranking_size), range(run.ranking_size)), processor)
     trained, text = trained_systems(visor), visor.config.text_config
-    schedules = [schedule_of(visor.config, letters) for letters in visor.config.vision_schedules[:-1]]
-    shares = [vision_share(kinds, text) for kinds in schedules]
+    shares = [vision_share(kinds, text) for kinds in cheaper_schedules(visor.config)]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
@@ -88,8 +88,8 @@ def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> li
         systems.append(System("qgsa-calibrated", load_model(run.calibrated)))
     if run.visor_calibrated is not None:
         both = load_model(run.visor_calibrated)
-        full = {"vision_budget": both.config.vision_schedules[-1]}
-        systems += [System("qgsa+visor, all layers", both, full), System("qgsa+visor", both)]
+        most = {"vision_budget": both.config.vision_schedules[-1]}
+        systems += [System("qgsa+visor, most layers", both, most), System("qgsa+visor", both)]
     wanted = tuple(run.systems)
     return [system for system in systems if not wanted or system.name.startswith(("dense", *wanted))]
 

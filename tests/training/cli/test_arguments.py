@@ -69,6 +69,20 @@ def test_user_errors_are_one_line(mistake, message):
     assert str(end.value) == message
 
 
+def test_values_that_the_options_refuse_are_one_line(monkeypatch):
+    @dataclass
+    class Strict:
+        size: int = field(default=1, metadata={"help": "Size."})
+
+        def __post_init__(self):
+            if self.size < 1:
+                raise ValueError(f"size ({self.size}) must be at least 1")
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--size", "0"])
+    with pytest.raises(SystemExit, match=r"^error: size \(0\) must be at least 1$"):
+        parse(Strict, "A script.")
+
+
 def test_values_that_a_config_refuses_are_one_line():
     with pytest.raises(SystemExit, match=r"^error: [^\n]*max_tiles[^\n]*$") as end:
         with errors_in_one_line():
