@@ -86,8 +86,10 @@ class Observed(NamedTuple):
 def observe_depth(model, inputs: dict[str, Any], target: float) -> Observed:
     """How deep one sample has to be read for the answer that the last of the schedules gives (VISOR's labels).
 
-    A level suffices if the mean probability (geometric, per token) of that answer is at least a share, `target`, of
-    what it is at the highest one. The selector's complexity also drives its budget of tiles and tokens.
+    A level suffices if the probability of that answer is lower by at most 1 - `target` than at the highest one. For an
+    answer that the model is sure of this is VISOR's rule, a share of its probability; a guess, whose probability
+    depends on everything that is read, takes no more depth than it is worth. The selector's complexity also drives its
+    budget of tiles and tokens.
     """
     config, schedules = model.config, trained_schedules(model.config)
     inputs = {**inputs, "visual_cache": VisualCache()}
@@ -110,10 +112,10 @@ def observe_depth(model, inputs: dict[str, Any], target: float) -> Observed:
         key = (kinds, complexity if spent else None)
         if key not in known:
             given = {**inputs, **texts, **spent, "input_ids": answer, "labels": labels, "vision_budget": kinds}
-            known[key] = float(model(**given).loss.neg().exp())
+            known[key] = float((-new * model(**given).loss).exp())
         probability.append(known[key])
         shares.append(vision_share(kinds, config.text_config))
-    enough = [each >= target * probability[-1] for each in probability]
+    enough = [each >= probability[-1] - (1 - target) for each in probability]
     request = Request.take(config, {**inputs, "vision_budget": schedules[-1]})
     glance = model.model.glance_and_point(request)
     question = model.get_input_embeddings()(inputs["input_ids"])[glance.layout.image_sample]
@@ -162,7 +164,7 @@ def fit_policy(model, samples: Sequence[dict], processor, target: float = 0.99) 
 
     Args:
         samples: sequence of dicts with `image` (PIL, or a list of them) and `question`.
-        target: share of the answer's probability that has to be kept, 0 to 1.
+        target: 0 to 1; the probability of an answer may fall by 1 - `target`.
 
     Returns what was measured on the fifth of the samples that was held out: `vision_share`, the mean share of the work
     on visual tokens, and `sufficient`, how often the choice suffices. Raises ValueError, before anything is changed,

@@ -55,7 +55,7 @@ class VisorArguments:
         metadata={"help": "Regular expression for the modules to adapt."},
     )
     policy_size: int = field(default=500, metadata={"help": "Questions to fit the policy on."})
-    policy_target: float = field(default=0.99, metadata={"help": "Share of the answer's probability to keep."})
+    policy_target: float = field(default=0.99, metadata={"help": "1 minus how far an answer's probability may fall."})
     complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the schedule suffices."})
     calibration_size: int = field(default=0, metadata={"help": "Questions to calibrate the pointer on; 0: none."})
     target_loyalty: float = field(default=0.99, metadata={"help": "Share of answers that the pointer is to keep."})
