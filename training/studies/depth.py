@@ -74,9 +74,9 @@ def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> li
         words: number of tokens of a prompt other than visual ones.
     """
     ranking = dense.rank_vision_layers(Subset(Cards("train", run.ranking_size), range(run.ranking_size)), processor)
-    trained, text = trained_systems(visor), visor.config.text_config
+    trained = trained_systems(visor)
     schedules = [schedule_of(visor.config, letters) for letters in visor.config.vision_schedules[:-1]]
-    shares = [vision_share(kinds, text) for kinds in schedules]
+    shares = [vision_share(kinds, visor.config) for kinds in schedules]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
