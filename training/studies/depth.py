@@ -19,6 +19,7 @@ from training.data.collator import QuestionCollator
 from training.evaluation.answers import answer
 from training.evaluation.depth import (
     by_depth,
+    by_schedule,
     controls,
     pruning_systems,
     trained_systems,
@@ -49,6 +50,9 @@ class DepthArguments:
         default=None, metadata={"help": "The dense one, calibrated (run_qgsa.py --task calibrate)."}
     )
     vica: str | None = field(default=None, metadata={"help": "Trained by run_visor.py with one schedule."})
+    blocks: str | None = field(
+        default=None, metadata={"help": "Trained by run_visor.py with --vision_cross block: adds visor-blocks."}
+    )
     families: str = field(
         default="", metadata={"help": "Families of questions, with commas; those of the benchmark by default."}
     )
@@ -78,6 +82,8 @@ def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> li
     schedules = [schedule_of(visor.config, letters) for letters in visor.config.vision_schedules[:-1]]
     shares = [vision_share(kinds, visor.config) for kinds in schedules]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
+    if run.blocks is not None:
+        systems += by_schedule(load_model(run.blocks), "visor-blocks")
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
     systems += [*by_depth(dense, "untrained"), *by_depth(visor, "trained")]
