@@ -6,7 +6,7 @@ from .configuration_qgsa import QGSAConfig
 from .prompt_qgsa import read_chat_format, read_tile_markers, tokenizer_of
 
 
-OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.")
+OWN_WEIGHTS = ("model.selector.", "model.complexity_estimator.", "model.vision_blocks.")
 
 
 def load_dense(base, tokenizer=None):

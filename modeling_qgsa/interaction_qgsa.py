@@ -1,10 +1,11 @@
 """What each layer of the text model sees: a schedule of how vision takes part, and from which layer on it is pruned.
 
 A layer is `full` (stock: visual tokens attend and are updated), `cross` (text attends to the visual tokens as they
-stand, by keys and values of the layer's own norm and projections; they are not updated; ViCA, ShortV) or `text` (they
-take no part). VISOR (CVPR 2026) is a schedule of these. Behind `prune_layer`, only the kept positions are seen: FastV
-(Chen et al. 2024) and SGL (Zhao et al. 2025) prune like this. Layers run on what they see alone, and hold nothing else
-in the cache. Sizes as in `layout_qgsa`; L' is the number of positions that reach the text model.
+stand, by keys and values of the layer's own norm and projections, as in ViCA and ShortV, or in a block in front of the
+layer, as in VISOR; they are not updated) or `text` (they take no part). VISOR (CVPR 2026) is a schedule of these.
+Behind `prune_layer`, only the kept positions are seen: FastV (Chen et al. 2024) and SGL (Zhao et al. 2025) prune like
+this. Layers run on what they see alone, and hold nothing else in the cache. Sizes as in `layout_qgsa`; L' is the
+number of positions that reach the text model.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,6 +20,7 @@ from .attention_qgsa import check_reads_4d_masks, project_heads
 from .compat_qgsa import causal_mask, is_checkpointing
 from .layered_cache_qgsa import (
     Held,
+    Seen,
     View,
     check_held,
     check_lengths,
@@ -138,21 +140,32 @@ class Stream:
         self.hidden = self.hidden.index_put((row, places[row, column]), hidden[row, column])
 
 
+def visible(rows: Stream, columns: Stream, before: torch.Tensor) -> torch.Tensor:
+    """What `rows` see: the columns that do not come after them in the prompt, `(B, rows, slots + columns)` bool.
+
+    Args:
+        before: `(B, slots)`, attention mask of what is held in front, and comes earlier.
+    """
+    seen = columns.shown.bool()[:, None] & (columns.positions[:, None] <= rows.positions[:, :, None])
+    return torch.cat([before.bool()[:, None].expand(-1, rows.hidden.shape[1], -1), seen], 2)
+
+
+def added_to(seen: torch.Tensor, columns: Stream, before: torch.Tensor) -> torch.Tensor:
+    """What is added to an attention in which `seen` is visible: `(B, 1, rows, slots + columns)`."""
+    added = torch.cat([torch.zeros_like(before, dtype=columns.gates.dtype), columns.gates], 1)[:, None]
+    dtype = columns.hidden.dtype
+    return torch.where(seen, added, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
 def additive_mask(rows: Stream, columns: Stream, before: torch.Tensor) -> torch.Tensor:
     """What is added to the attention of `rows`, the last ones of `columns`: `(B, 1, rows, slots + columns)`.
 
-    A row sees the columns that do not come after it in the prompt, and itself even if it is padding, so that no row is
-    empty.
-
-    Args:
-        before: `(B, slots)`, attention mask of what the cache holds in front.
+    A row also sees itself, even if it is padding, so that no row is empty; `before` as in `visible`.
     """
-    seen = columns.shown.bool()[:, None] & (columns.positions[:, None] <= rows.positions[:, :, None])
+    seen = visible(rows, columns, before)
     own = torch.arange(rows.hidden.shape[1], device=rows.hidden.device)
-    seen[:, own, columns.hidden.shape[1] - len(own) + own] = True
-    added = torch.cat([torch.zeros_like(before, dtype=columns.gates.dtype), columns.gates], 1)[:, None]
-    seen = torch.cat([before.bool()[:, None].expand(-1, len(own), -1), seen], 2)
-    return torch.where(seen, added, torch.finfo(rows.hidden.dtype).min).to(rows.hidden.dtype)[:, None]
+    seen[:, own, seen.shape[2] - len(own) + own] = True
+    return added_to(seen, columns, before)
 
 
 class Reader(NamedTuple):
@@ -163,16 +176,49 @@ class Reader(NamedTuple):
         cache: None, or a cache, which is extended.
         gated: whether the gates count.
         known: by view, what its groups of layers share: masks, positions and their rotary embeddings.
+        blocks: those in front of all layers, None without them.
+        seen: by layer, what its block made of visual tokens up to here.
     """
 
     text_model: Any
     cache: Any
     gated: bool
     known: dict[Hashable, dict[str, Any]]
+    blocks: Any
+    seen: dict[int, Seen]
+
+
+def look(reader: Reader, number: int, text: Stream, hidden: torch.Tensor, view: Hashable, visual) -> torch.Tensor:
+    """Run the block in front of a layer, if it has visual tokens to look at: hidden states of the text.
+
+    Args:
+        number, view: of the layer.
+        text: the text tokens, with `hidden` `(B, n, D)` in place of their hidden states.
+        visual: new visual tokens as `Stream.take` returns them, None if there are none.
+    """
+    held = reader.seen.get(number)
+    if reader.blocks is None or (held is None and visual is None):
+        return hidden
+    block, key = reader.blocks[number], ("block", view)
+    if key not in reader.known:
+        before = text.shown[:, :0] if held is None else held.shown
+        columns = Stream(*(each[:, :0] for each in vars(text).values())) if visual is None else visual[0]
+        sight = visible(text, columns, before)
+        reader.known[key] = {
+            "options": {"mask": added_to(sight, columns, before), "sees": sight.any(2)},
+            "places": None if visual is None else block.places(visual[1]),
+            "shown": torch.cat([before, columns.shown], 1),
+        }
+    known = reader.known[key]
+    new = None if visual is None else (visual[0].hidden, known["places"])
+    earlier = None if held is None else (held.keys, held.values)
+    hidden, (keys, values) = block(hidden, **known["options"], held=earlier, visual=new)
+    reader.seen[number] = Seen(keys, values, known["shown"])
+    return hidden
 
 
 def run_layers(
-    reader: Reader, layers: range, stream: Stream, before: torch.Tensor, view: Hashable, cache
+    reader: Reader, layers: range, stream: Stream, before: torch.Tensor, view: Hashable, cache, visual=None
 ) -> torch.Tensor:
     """Some layers over all columns of a stream: hidden states `(B, n, D)`.
 
@@ -180,6 +226,7 @@ def run_layers(
         before: `(B, slots)`, attention mask of what these layers hold in the cache.
         view: of these layers.
         cache: that of the reader, or None.
+        visual: new visual tokens that blocks in front of these layers look at, see `look`.
     """
     text_model, hidden = reader.text_model, stream.hidden
     if view not in reader.known:
@@ -192,6 +239,7 @@ def run_layers(
         options = {"attention_mask": mask, "position_ids": stream.positions, "position_embeddings": rotary}
         reader.known[view] = options
     for number in layers:
+        hidden = look(reader, number, stream, hidden, view, visual)
         hidden = text_model.layers[number](hidden, past_key_values=cache, **reader.known[view])
     return hidden
 
@@ -231,19 +279,21 @@ def run_group(
     if kind == "full":
         stream.hidden = run_layers(reader, layers, stream, before, view, reader.cache)
         return [stream.shown]
-    if kind == "cross" and reader.text_model.training and is_checkpointing(reader.text_model):
+    own = kind == "cross" and reader.blocks is None
+    if own and reader.text_model.training and is_checkpointing(reader.text_model):
         # A layer that is checkpointed takes no cache. Over all columns it makes the same of the text, at more cost.
         for number in layers:
             hidden = run_layers(reader, range(number, number + 1), stream, before, view, None)
             stream.hidden = torch.where(stream.visual[..., None], stream.hidden, hidden)
         return []
     text, places = stream.take(~stream.visual)
-    if kind == "text":
-        stream.put(run_layers(reader, layers, text, before, view, reader.cache), places)
-        return [text.shown]
-    visual, _ = stream.take(stream.visual)
-    stream.put(run_cross_layers(reader, layers, text, visual, before, view), places)
-    return [visual.shown, text.shown]
+    if own:
+        visual, _ = stream.take(stream.visual)
+        stream.put(run_cross_layers(reader, layers, text, visual, before, view), places)
+        return [visual.shown, text.shown]
+    looked_at = stream.take(stream.visual) if kind == "cross" else None
+    stream.put(run_layers(reader, layers, text, before, view, reader.cache, looked_at), places)
+    return [text.shown]
 
 
 def check_inputs(text_model, shown: torch.Tensor, cache, kinds: Sequence[str], options: dict[str, Any]):
@@ -259,7 +309,9 @@ def check_inputs(text_model, shown: torch.Tensor, cache, kinds: Sequence[str], o
         check_reads_4d_masks(text_model.config, "text_config", "a cross layer")
 
 
-def read_layers(text_model, text_inputs: dict[str, Any], cache, interaction: Interaction | None, options: dict):
+def read_layers(
+    text_model, text_inputs: dict[str, Any], cache, interaction: Interaction | None, options: dict, blocks=None
+):
     """The text model, if some of its layers see, or hold in the cache, only part of the positions.
 
     Args:
@@ -268,6 +320,7 @@ def read_layers(text_model, text_inputs: dict[str, Any], cache, interaction: Int
         cache: None, or a cache, perhaps one whose layers differ already.
         interaction: None for text alone, which all layers see.
         options: further arguments of the text model.
+        blocks: the [`VisionBlock`] in front of each layer; None if cross layers look by their own projections.
 
     Returns `(hidden, cache)`: the last hidden state of the positions that are kept, padded on the left, and the cache.
     Visual tokens that the last layers do not update stay as they are.
@@ -286,17 +339,17 @@ def read_layers(text_model, text_inputs: dict[str, Any], cache, interaction: Int
     check_inputs(text_model, shown, cache, used, options)
     interaction = None if interaction is None else interaction.of_rows(len(hidden))
     if interaction is not None and len(set(interaction.schedules)) > 1:
-        return read_groups(text_model, hidden, shown, positions, cache, interaction)
-    return read_group(text_model, hidden, shown, positions, cache, interaction)
+        return read_groups(text_model, hidden, shown, positions, cache, interaction, blocks)
+    return read_group(text_model, hidden, shown, positions, cache, interaction, blocks)
 
 
-def read_groups(text_model, hidden, shown, positions, cache, interaction: Interaction):
+def read_groups(text_model, hidden, shown, positions, cache, interaction: Interaction, blocks):
     """`read_layers` for samples of several schedules, which are read in groups; arguments as in `read_group`."""
     slots, groups, hidden_of, caches, places = shown.shape[1] - hidden.shape[1], interaction.groups(), [], [], []
     check_held(held_by(cache), joined_views([own.views for _, own in groups]), interaction.schedules)
     for rows, own in groups:
         part = None if cache is None else take_rows(cache, rows, own.views, shown[:, :slots], text_model.config)
-        made, part = read_group(text_model, hidden[rows], shown[rows], positions[rows], part, own)
+        made, part = read_group(text_model, hidden[rows], shown[rows], positions[rows], part, own, blocks)
         hidden_of.append(made)
         caches.append(part)
         places.append(rows)
@@ -306,12 +359,13 @@ def read_groups(text_model, hidden, shown, positions, cache, interaction: Intera
     return torch.cat(pad_left(hidden_of, -2))[order], cache
 
 
-def read_group(text_model, hidden, shown, positions, cache, interaction: Interaction | None):
+def read_group(text_model, hidden, shown, positions, cache, interaction: Interaction | None, blocks):
     """`read_layers` for samples of one schedule.
 
     Args:
         hidden, shown, positions: `inputs_embeds`, `attention_mask` and `position_ids` of the text model.
         interaction: that of these rows.
+        blocks: as in `read_layers`.
     """
     new, held = hidden.shape[1], held_by(cache)
     views: list[Any] = interaction.views if interaction is not None else held.views if held is not None else []
@@ -325,7 +379,9 @@ def read_group(text_model, hidden, shown, positions, cache, interaction: Interac
         gates = interaction.gates
     neutral = torch.zeros_like(positions, dtype=hidden.dtype)
     stream = Stream(hidden, shown[:, -new:], positions, visual, neutral if gates is None else gates.to(hidden))
-    reader, pruned, after = Reader(text_model, cache, gates is not None, {}), False, dict(before)
+    seen = {} if held is None else {number: each.of_rows(len(hidden)) for number, each in held.seen.items()}
+    reader = Reader(text_model, cache, gates is not None, {}, blocks, seen)
+    pruned, after = False, dict(before)
     for view, group in groupby(range(len(views)), views.__getitem__):
         numbers = list(group)
         layers, kind = range(numbers[0], numbers[-1] + 1), "full"
@@ -339,7 +395,7 @@ def read_group(text_model, hidden, shown, positions, cache, interaction: Interac
         return text_model.norm(stream.hidden), cache
     if cache is not None:
         first = int(cache.get_seq_length())
-        note(cache, Held(interaction.schedules, list(views), shown.shape[1], first, after))
+        note(cache, Held(interaction.schedules, list(views), shown.shape[1], first, after, reader.seen))
     if not pruned and interaction.prune_layer == len(views):
         stream = stream.take(kept)[0]
     return text_model.norm(stream.hidden), cache

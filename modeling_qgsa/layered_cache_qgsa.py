@@ -21,6 +21,29 @@ class View(NamedTuple):
     pruned: bool
 
 
+class Seen(NamedTuple):
+    """What a block, see `crossing_qgsa`, made of the visual tokens so far; it grows by new images alone.
+
+    Args:
+        keys, values: `(B, heads, n, head_dim)`.
+        shown: `(B, n)`, attention mask.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    shown: torch.Tensor
+
+    def of_rows(self, rows: int) -> "Seen":
+        """The same for `rows` rows, several of a sample if beams are searched."""
+        repeat = rows // len(self.shown)
+        return self if repeat == 1 else Seen(*(each.repeat_interleave(repeat, 0) for each in self))
+
+    def take(self, rows: torch.Tensor) -> "Seen":
+        """Some rows, `(n,)` int64, without the tokens that all of them hide."""
+        used = self.shown[rows].any(0)
+        return Seen(self.keys[rows][:, :, used], self.values[rows][:, :, used], self.shown[rows][:, used])
+
+
 class Held(NamedTuple):
     """What is noted on a cache whose layers do not all hold every position.
 
@@ -30,6 +53,7 @@ class Held(NamedTuple):
         slots: number of positions, kept or not, that the attention mask counts up to here.
         first: number of slots in use in the first layer.
         shown: by view, the attention mask of the slots in use, `(B, slots of the view)`.
+        seen: by layer, what its block made of visual tokens, which the slots of that layer do not hold.
     """
 
     schedules: tuple[tuple[str, ...], ...]
@@ -37,6 +61,7 @@ class Held(NamedTuple):
     slots: int
     first: int
     shown: dict[Hashable, torch.Tensor]
+    seen: dict[int, Seen]
 
     def mask(self, view: Hashable, attention_mask: torch.Tensor) -> torch.Tensor:
         """The attention mask of the layers with a view, given that of all positions, `(B, slots)`."""
@@ -103,13 +128,28 @@ def take_rows(cache, rows: torch.Tensor, views: list[View], attention_mask: torc
         shown[view] = mask[rows][:, used]
     if held is not None:
         schedules = tuple(held.schedules[row] for row in rows.tolist())
-        note(part, Held(schedules, list(views), attention_mask.shape[1], int(part.get_seq_length()), shown))
+        seen = {number: each.of_rows(len(attention_mask)).take(rows) for number, each in held.seen.items()}
+        seen = {number: each for number, each in seen.items() if each.shown.shape[1]}
+        note(part, Held(schedules, list(views), attention_mask.shape[1], int(part.get_seq_length()), shown, seen))
     return part
 
 
 def joined_views(views: Sequence[Sequence[Hashable]]) -> list[Hashable]:
     """The views of every layer where several groups of samples have their own, given those of each group."""
     return [tuple(each) for each in zip(*views)]
+
+
+def join_seen(parts: Sequence[Held], order: torch.Tensor) -> dict[int, Seen]:
+    """What blocks made of the visual tokens of all `parts`, with hidden tokens in front; `order` as in `join_rows`."""
+    joined = {}
+    for number in sorted({number for part in parts for number in part.seen}):
+        known = [part.seen.get(number) for part in parts]
+        some = next(each for each in known if each is not None)
+        none = Seen(some.keys[:1, :, :0], some.values[:1, :, :0], some.shown[:1, :0])
+        each_part = [none.of_rows(len(part.schedules)) if each is None else each for part, each in zip(parts, known)]
+        fields = zip((-2, -2, -1), zip(*each_part))
+        joined[number] = Seen(*(torch.cat(pad_left(tensors, dim))[order] for dim, tensors in fields))
+    return joined
 
 
 def join_rows(cache, parts: Sequence[DynamicCache], order: torch.Tensor, slots: int):
@@ -135,4 +175,4 @@ def join_rows(cache, parts: Sequence[DynamicCache], order: torch.Tensor, slots: 
         shown[view] = torch.cat(masks)[order]
     schedules = [kinds for each in held for kinds in each.schedules]
     ordered = tuple(schedules[place] for place in order.tolist())
-    note(cache, Held(ordered, views, slots, int(cache.get_seq_length()), shown))
+    note(cache, Held(ordered, views, slots, int(cache.get_seq_length()), shown, join_seen(held, order)))

@@ -29,6 +29,7 @@ from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
+from .crossing_qgsa import VisionBlock, blocks_zero
 from .interaction_qgsa import Interaction, read_layers
 from .layered_cache_qgsa import held_by
 from .layout_qgsa import VisualLayout
@@ -68,6 +69,9 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         use_v5_patch_positions(self.vision_model)
         self.selector = QuestionGuidedSelector(config)
         self.complexity_estimator = ComplexityEstimator(config)
+        self.vision_blocks = None
+        if config.vision_cross == "block":  # one per layer: a schedule, which says where they run, is per call
+            self.vision_blocks = nn.ModuleList(VisionBlock(config) for _ in self.text_model.layers)
         self.post_init()
 
     @property
@@ -169,7 +173,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         mask = gated_attention_mask(mask, *log_gates) if log_gates and interaction is None else mask
         mask = mask if request.shown is None else torch.cat([request.shown, mask], 1)
         text_inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        shares = embeds.new_tensor([vision_share(kinds, self.config.text_config) for kinds in schedules])
+        shares = embeds.new_tensor([vision_share(kinds, self.config) for kinds in schedules])
         selection = describe_selection(glance, kept, tiles, splice(stay)[1], shares)
         return Prefill(text_inputs, selection, glance, features, stay.shape[1], held, interaction)
 
@@ -191,7 +195,7 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             return super().forward(**inputs, past_key_values=cache, **options)
         if inputs["inputs_embeds"] is None:
             inputs = {**inputs, "inputs_embeds": self.get_input_embeddings()(inputs["input_ids"])}
-        hidden, cache = read_layers(self.text_model, inputs, cache, interaction, options)
+        hidden, cache = read_layers(self.text_model, inputs, cache, interaction, options, self.vision_blocks)
         return SmolVLMBaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
     @can_return_tuple
@@ -224,8 +228,9 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
                 stock = past.continue_text(stock)
             outputs = QGSABaseModelOutputWithPast(**self.read(stock, past_key_values, interaction, rest))
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
-            zero = pointer_zero(make_pointer(self), outputs["last_hidden_state"], self.config)
-            outputs["last_hidden_state"] = outputs["last_hidden_state"] + zero
+            hidden = outputs["last_hidden_state"]
+            zero = pointer_zero(make_pointer(self), hidden, self.config) + blocks_zero(self.vision_blocks, hidden)
+            outputs["last_hidden_state"] = hidden + zero
         return outputs
 
 

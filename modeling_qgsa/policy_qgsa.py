@@ -114,7 +114,7 @@ def observe_depth(model, inputs: dict[str, Any], target: float) -> Observed:
             given = {**inputs, **texts, **spent, "input_ids": answer, "labels": labels, "vision_budget": kinds}
             known[key] = float((-new * model(**given).loss).exp())
         probability.append(known[key])
-        shares.append(vision_share(kinds, config.text_config))
+        shares.append(vision_share(kinds, config))
     enough = [each >= probability[-1] - (1 - target) for each in probability]
     request = Request.take(config, {**inputs, "vision_budget": schedules[-1]})
     glance = model.model.glance_and_point(request)

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .compat_qgsa import is_checkpointing
 from .configuration_qgsa import QGSAConfig
+from .crossing_qgsa import VisionBlock
 from .selector_qgsa import FORMER_NAMES, QuestionGuidedSelector
 
 
@@ -23,7 +24,7 @@ class QGSAPreTrainedModel(SmolVLMPreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, QuestionGuidedSelector):
+        if isinstance(module, QuestionGuidedSelector | VisionBlock):
             module.init_weights()
 
     @classmethod

@@ -29,7 +29,8 @@ class Reading(NamedTuple):
 def log_probabilities(model, text_inputs: dict[str, torch.Tensor], visual: torch.Tensor, kinds: Sequence[str]):
     """Log-probabilities of the answer's first token, `(V,)` float32, for one prompt and the kinds of all layers."""
     interaction = Interaction((tuple(kinds),), len(kinds), torch.ones_like(visual), visual)
-    hidden, _ = read_layers(model.model.text_model, text_inputs, None, interaction, {"use_cache": False})
+    base, options = model.model, {"use_cache": False}
+    hidden, _ = read_layers(base.text_model, text_inputs, None, interaction, options, base.vision_blocks)
     return model.lm_head(hidden[:, -1]).float().log_softmax(-1)[0]
 
 
@@ -104,13 +105,19 @@ def rank_vision_layers(model, samples: Sequence[dict], processor) -> dict[str, l
 
     Returns `schedules`, from all layers full to all text, the `divergence` of each, the mean KL of the answer's first
     token from that of all layers full, and `updates`, per layer, that of leaving its updates out alone (ShortV's
-    ranking). Raises ValueError, before anything is changed, for no samples and if one cannot be read.
+    ranking). Raises ValueError, before anything is changed, for no samples, if one cannot be read, and for blocks that
+    were never trained: rank before there are blocks, with `vision_cross="own"`.
     """
     if not len(samples):
         raise ValueError("samples (0) must be at least 1")
-    text, training = model.config.text_config, model.training
-    layers = text.num_hidden_layers
-    full, share = ("full",) * layers, cross_share(text)
+    blocks, training = model.model.vision_blocks, model.training
+    if blocks is not None and not any(block.is_trained for block in blocks):
+        raise ValueError(
+            'vision_cross ("block"): the blocks of this model were never trained, and cross layers see nothing. Rank '
+            'the layers with vision_cross="own", or train first'
+        )
+    layers = model.config.text_config.num_hidden_layers
+    full, share = ("full",) * layers, cross_share(model.config)
     saved = {"cross": 1 - share, "text": share}
     try:
         model.eval()

@@ -13,6 +13,8 @@ logger = logging.get_logger(__name__)
 
 LAYER_KINDS = ("full", "cross", "text")
 LETTERS = {kind[0].upper(): kind for kind in LAYER_KINDS}
+VISION_CROSSES = ("own", "block")
+BLOCK_KERNEL = 7  # visual tokens, of the convolution in a block, as in VISOR
 
 
 def check_kinds(name: str, kinds: Sequence[str], layers: int):
@@ -39,23 +41,38 @@ def letters_of(kinds: Sequence[str]) -> str:
     return "".join(kind[0].upper() for kind in kinds)
 
 
-def cross_share(text_config) -> float:
-    """The work of a cross layer on a visual token, its keys and values, as a share of that of a full layer."""
-    head = text_config.head_dim or text_config.hidden_size // text_config.num_attention_heads
-    keys, queries = 2 * text_config.num_key_value_heads * head, 2 * text_config.num_attention_heads * head
-    return keys / (keys + queries + 3 * text_config.intermediate_size)
+def block_size(text_config) -> tuple[int, int]:
+    """Number and width of the heads of a block, see `crossing_qgsa`: a quarter of those of a layer, as wide."""
+    width = text_config.head_dim or text_config.hidden_size // text_config.num_attention_heads
+    return max(1, round(text_config.num_attention_heads / 4)), width
 
 
-def vision_share(kinds: Sequence[str], text_config) -> float:
+def cross_share(config) -> float:
+    """The work of a cross layer on a visual token, its keys and values, as a share of that of a full layer.
+
+    Args:
+        config: a [`QGSAConfig`], whose `vision_cross` says what makes the keys and values.
+    """
+    text = config.text_config
+    head = text.head_dim or text.hidden_size // text.num_attention_heads
+    keys, queries = 2 * text.num_key_value_heads * head, 2 * text.num_attention_heads * head
+    full, made = keys + queries + 3 * text.intermediate_size, float(keys)
+    if config.vision_cross == "block":
+        heads, width = block_size(text)
+        made = 2 * heads * width * (1 + BLOCK_KERNEL / text.hidden_size)
+    return made / full
+
+
+def vision_share(kinds: Sequence[str], config) -> float:
     """The work of a schedule on a visual token as a share of that of the stock model, 0 to 1, without attention."""
-    work = {"full": 1.0, "cross": cross_share(text_config), "text": 0.0}
+    work = {"full": 1.0, "cross": cross_share(config), "text": 0.0}
     return sum(work[kind] for kind in kinds) / len(kinds)
 
 
-def within(schedules: Sequence[Sequence[str]], share: float, text_config) -> tuple[str, ...] | None:
+def within(schedules: Sequence[Sequence[str]], share: float, config) -> tuple[str, ...] | None:
     """The schedule with the most work of at most `share`; None if all of them do more."""
-    fitting = [tuple(each) for each in schedules if vision_share(each, text_config) <= share + 1e-9]
-    return max(fitting, key=lambda kinds: vision_share(kinds, text_config), default=None)
+    fitting = [tuple(each) for each in schedules if vision_share(each, config) <= share + 1e-9]
+    return max(fitting, key=lambda kinds: vision_share(kinds, config), default=None)
 
 
 def trained_schedules(config) -> list[tuple[str, ...]]:
@@ -83,8 +100,7 @@ def schedule_of(config, vision_budget: float | str | Sequence[str] | None = None
     Raises ValueError for another number of layers, unknown kinds, a share out of range, and a share on a checkpoint
     without schedules, or below all of them.
     """
-    text = config.text_config
-    layers = text.num_hidden_layers
+    layers = config.text_config.num_hidden_layers
     if vision_budget is None:
         if config.vision_layers is None and config.vision_schedules:
             return None
@@ -102,9 +118,9 @@ def schedule_of(config, vision_budget: float | str | Sequence[str] | None = None
             f"vision_budget ({vision_budget}): the layers of this checkpoint were not ranked. Call "
             'rank_vision_layers, or give a schedule, such as "FFCC" for four layers'
         )
-    found = within(trained, vision_budget, text) or within(ranked, vision_budget, text)
+    found = within(trained, vision_budget, config) or within(ranked, vision_budget, config)
     if found is None:
-        least = min(vision_share(each, text) for each in trained + ranked)
+        least = min(vision_share(each, config) for each in trained + ranked)
         raise ValueError(f"vision_budget ({vision_budget}) must be at least {least:.3f}, the least of the schedules")
     return found
 
@@ -118,7 +134,7 @@ def shortlist(config, shares: Sequence[float]) -> list[str]:
     Raises ValueError as `schedule_of` does.
     """
     ranked = ranked_schedules(config)
-    found = [within(ranked, share, config.text_config) for share in sorted(shares)]
+    found = [within(ranked, share, config) for share in sorted(shares)]
     if None in found:
         raise ValueError(f"shares ({min(shares)}): below all {len(ranked)} schedules of vision_ranking")
     return list(dict.fromkeys(letters_of(kinds) for kinds in found if kinds is not None))

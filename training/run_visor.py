@@ -9,6 +9,10 @@ tokens. LoRA adapters then learn the schedules of a shortlist, one per step, so 
 Last, the policy learns how deep each question has to be read. With `--schedules` of one schedule, this is ViCA, and
 there is no policy. The checkpoint encodes every tile and keeps every visual token; with `--calibration_size` there is
 a second one, in `<output_dir>_calibrated`, that also points with its attention and reads only the tiles in question.
+
+With `--vision_cross block`, text looks at visual tokens through blocks of cross-attention in front of the layers, as
+VISOR does, and these are trained, too. The layers are then ranked without the blocks, which see nothing before they
+are trained.
 """
 
 import json
@@ -45,6 +49,10 @@ class VisorArguments:
     )
     schedules: list[str] = field(
         default_factory=list, metadata={"help": "Schedules in letters, such as FFCCTT, in place of ranked ones."}
+    )
+    vision_cross: str = field(
+        default="own",
+        metadata={"help": "How cross layers look: own, by their own projections, or block, each through a new block."},
     )
     ranking_size: int = field(default=40, metadata={"help": "Questions to rank the layers on."})
     families: str = field(default="", metadata={"help": "cards: families of questions; all published by default."})
@@ -96,7 +104,12 @@ def set_schedules(model, visor: VisorArguments, samples: Dataset, processor):
             parse_schedule("schedules", each, layers)
         config.vision_schedules = visor.schedules
     else:
-        model.rank_vision_layers(samples, processor)
+        ranked = model
+        if visor.vision_cross == "block":  # the blocks see nothing yet
+            ranked, _ = load_dense(visor.base_model)
+            keep_everything(ranked)
+        ranked.rank_vision_layers(samples, processor)
+        config.vision_ranking = ranked.config.vision_ranking
         config.vision_schedules = shortlist(config, visor.shares)
     config.validate_vision_layers()
     print(f"schedules: {', '.join(config.vision_schedules)}")
@@ -122,7 +135,7 @@ def finish(model, processor, samples: Dataset, visor: VisorArguments, folder: Pa
 def run(visor: VisorArguments, data: DataArguments, args: TrainingArguments):
     """Rank, train, fit, and save; then calibrate, if asked to."""
     train, single = training_samples(visor, data, args)
-    model, processor = load_dense(visor.base_model)
+    model, processor = load_dense(visor.base_model, vision_cross=visor.vision_cross)
     keep_everything(model)
     set_schedules(model, visor, Subset(single, range(min(visor.ranking_size, len(single)))), processor)
     model = train_schedules(model, processor, train, args, visor.lora_rank, visor.lora_targets)
@@ -143,7 +156,8 @@ def main():
         if args.resume_from_checkpoint is None:
             args.resume_from_checkpoint = last_checkpoint(args.output_dir)
         set_seed(args.seed)
-        with claimed(args.output_dir, asdict(visor) | identity([data], args), args.process_index == 0):
+        wanted, added = asdict(visor) | identity([data], args), {"vision_cross": "own"}
+        with claimed(args.output_dir, wanted, args.process_index == 0, added=added):
             run(visor, data, args)
 
 

@@ -108,6 +108,15 @@ def chosen_layers(model, inputs) -> list:
     return found
 
 
+def with_blocks(folder: str, inputs) -> list:
+    """Whether blocks that the checkpoint lacks start closed, and `differing_layers` once they are open."""
+    model, _ = load(folder, vision_cross="block")
+    closed = not any(bool(block.gate.any()) for block in model.eval().model.vision_blocks)
+    for number, weight in enumerate(model.model.vision_blocks.parameters(), start=7):
+        weight.copy_(torch.linspace(-number, number, weight.numel()).sin().view_as(weight))
+    return [closed, differing_layers(model, inputs, vision_budget="FCTFCC")]
+
+
 def load_former(former: str, inputs) -> dict:
     """What becomes of weights that have their former names, loaded, saved and loaded again."""
     found = {"missing": [], "logits": []}
@@ -145,6 +154,7 @@ def main(folder: str, former: str, image: str, output: str):
         "pruned": differing_layers(model, batch, prune_layer=2),
         "scheduled": differing_layers(model, batch, vision_budget="FCTFCC"),
         "policy": chosen_layers(model, batch),
+        "blocks": with_blocks(folder, batch),
         "dense": positions_of(model, single, selection="dense"),
         "answers": processor.batch_decode(
             model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

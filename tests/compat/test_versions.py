@@ -100,6 +100,11 @@ def test_the_question_is_found_in_front_of_an_answer(report):
     assert report["found"]
 
 
+def test_new_blocks_start_closed_and_open_ones_look(report):
+    closed, found = report["blocks"]
+    assert closed and found != report["scheduled"]
+
+
 def test_former_names_load(report):
     assert report["former"]["missing"] == [[], []]
     assert report["former"]["logits"] == [report["logits"]] * 2

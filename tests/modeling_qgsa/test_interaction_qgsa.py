@@ -400,7 +400,7 @@ def test_gradients_reach_what_takes_part(deep, single):
 def test_a_share_of_the_work_chooses_among_schedules(deep):
     config = copy.deepcopy(deep.config)
     config.vision_ranking = ["FFFF", "FFFC", "FCFC", "CCFC", "CCCC", "CCCT", "TCCT", "TTTT"]
-    share = cross_share(config.text_config)
+    share = cross_share(config)
     assert schedule_of(config, 1.0) == ("full",) * 4
     assert schedule_of(config, (3 + share) / 4) == ("full", "full", "full", "cross")
     assert schedule_of(config, 0.6) == ("full", "cross", "full", "cross")
@@ -420,7 +420,8 @@ def test_a_share_of_the_work_chooses_among_schedules(deep):
 def test_cross_layers_cost_keys_and_values():
     """Of the matrices that a visual token meets in a layer of 256M."""
     sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
-    assert cross_share(SimpleNamespace(head_dim=None, **sizes)) == pytest.approx(384 / 6144)
+    text = SimpleNamespace(head_dim=None, **sizes)
+    assert cross_share(SimpleNamespace(vision_cross="own", text_config=text)) == pytest.approx(384 / 6144)
 
 
 def test_the_schedule_of_the_config_is_saved(deep, single, tmp_path):

@@ -46,8 +46,7 @@ def test_logits_and_shares_of_a_mixed_batch(deep, batch, samples, prepare):
             alone = deep(**prepare(sample), **WHOLE, vision_budget=chosen(float(DEPTHS[row])))
             assert torch.allclose(outputs.logits[row, -1], alone.logits[0, -1], atol=1e-5)
             assert outputs.selection.vision_share[row] == alone.selection.vision_share[0]
-    text = deep.config.text_config
-    shares = [vision_share(parse_schedule("", chosen(depth), 4), text) for depth in DEPTHS.tolist()]
+    shares = [vision_share(parse_schedule("", chosen(depth), 4), deep.config) for depth in DEPTHS.tolist()]
     assert outputs.selection.vision_share.tolist() == pytest.approx(shares)
 
 
@@ -131,7 +130,7 @@ def test_the_estimator_decides(deep, batch, samples, prepare):
 def test_images_of_a_sample_are_read_as_deep_as_the_deepest(deep, prepare, make_image):
     inputs = prepare(("what is it?", [make_image(0), make_image(1, 128, 64)]))
     shares = deep.select(**inputs, **WHOLE, complexity=torch.tensor([0.34, 0.0])).vision_share
-    assert shares[0] == pytest.approx(vision_share(parse_schedule("", "FCTT", 4), deep.config.text_config))
+    assert shares[0] == pytest.approx(vision_share(parse_schedule("", "FCTT", 4), deep.config))
 
 
 def test_the_policy_is_saved(deep, batch, tmp_path):

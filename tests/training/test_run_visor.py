@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import training.run_visor as run_visor
 import training.studies.depth as depth
-from modeling_qgsa import QGSASmolVLMForConditionalGeneration
+from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
 from training.methods.schedules import at_random, evenly, shortest
 
 
@@ -41,6 +42,8 @@ def trained(base, tmp_path_factory):
         run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "visor", *SMALL)
         schedule = ("--schedules", "FCCT")
         run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "vica", *SMALL, *schedule)
+        cross = ("--vision_cross", "block", "--save_steps", "2", "--learning_rate", "0.01")
+        run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "blocks", *SMALL, *cross)
     return folder
 
 
@@ -67,14 +70,35 @@ def test_one_schedule_is_fixed(trained, single):
     assert torch.equal(model.generate(**single, max_new_tokens=3), expected)
 
 
+def test_blocks_are_trained_and_saved(trained, base, single):
+    model = QGSASmolVLMForConditionalGeneration.from_pretrained(trained / "blocks").eval()
+    dense = QGSASmolVLMForConditionalGeneration.from_dense(str(base))
+    config, visor = model.config, QGSAConfig.from_pretrained(trained / "visor")
+    assert config.vision_cross == "block" and config.vision_policy and len(config.vision_schedules) == 3
+    assert config.vision_ranking == visor.vision_ranking  # the layers are ranked without the blocks
+    looks = {number for letters in config.vision_schedules for number, kind in enumerate(letters) if kind == "C"}
+    opened = {number for number, block in enumerate(model.model.vision_blocks) if block.is_trained}
+    assert opened and opened <= looks
+    resumed = load_file(trained / "blocks" / "checkpoint-2" / "adapter_model.safetensors")
+    for number, block in enumerate(model.model.vision_blocks):
+        for name, weight in block.named_parameters():
+            assert torch.equal(resumed[f"base_model.model.model.vision_blocks.{number}.{name}"], weight)
+    adapted, given = (each.model.text_model.layers[0].mlp.up_proj.weight for each in (model, dense))
+    assert not torch.equal(adapted, given)
+    with torch.no_grad():
+        looking, blind = (model(**single, vision_budget=letters).logits for letters in ("CCCC", "TTTT"))
+    assert not torch.equal(looking, blind)
+
+
 def test_the_table(trained, base, tmp_path, monkeypatch, capsys):
     options = ["--visor", trained / "visor", "--vica", trained / "vica", "--calibrated", trained / "visor"]
+    options += ["--blocks", trained / "blocks"]
     options += ["--visor_calibrated", trained / "visor", "--ranking_size", 2, "--test_size", 3, "--flops_questions", 1]
     run(monkeypatch, depth, "--base_model", base, "--output_dir", tmp_path, *options)
     rows = {row["system"]: row for row in json.loads((tmp_path / "visor_cards.json").read_text())["rows"]}
     assert list(rows)[0] == "dense" and {"visor", "vica", "blank-image", "qgsa+visor"} <= set(rows)
     assert {"visor, quantile 0.8", "visor, quantile 0.6"} <= set(rows)
-    for name in ("ranked", "evenly spaced", "shortv", "random layers", "visor"):
+    for name in ("ranked", "evenly spaced", "shortv", "random layers", "visor", "visor-blocks"):
         assert sum(each.startswith(f"{name}, ") and each.endswith("%") for each in rows) == 2
     assert rows["untrained, 4 full"]["accuracy"] == rows["dense"]["accuracy"]
     assert rows["untrained, 4 full"]["visual_flops"] == rows["dense"]["visual_flops"]
@@ -103,6 +127,7 @@ def test_schedules_of_rivals():
     [
         (["--base_model", ""], "base_model (''): required"),
         (["--schedules", "FF"], "schedules (2 layers) must have one kind for each of the 4 layers"),
+        (["--vision_cross", "blocks"], "vision_cross ('blocks'): choose from own, block"),
         (["--turns", "0"], "turns (0) must be at least 1"),
         (["--lora_rank", "0"], "lora_rank (0) must be at least 1"),
         (["--dataset", "vqa_rad", "--data_dir", "nowhere", "--turns", "1"], "nowhere"),

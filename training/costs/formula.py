@@ -3,9 +3,11 @@
 Tests compare the formulas with `count_flops`, to within 0.1 %.
 """
 
+import math
 from collections.abc import Sequence
 
 from modeling_qgsa.pointer_qgsa import attention_layers
+from modeling_qgsa.schedule_qgsa import BLOCK_KERNEL, block_size
 
 
 def vision_flops(config, sequences: list[int]) -> int:
@@ -38,12 +40,27 @@ def text_flops(config, new: int, seen: int = 0) -> int:
     return text.num_hidden_layers * (projections + attention) + 2 * text.hidden_size * text.vocab_size
 
 
+def block_flops(config, visual: int, words: int, new_tokens: int = 1) -> tuple[int, int]:
+    """FLOPs of a block in front of a cross layer, in prefill and decode; arguments as in `schedule_flops`.
+
+    The convolution runs over all visual tokens, with a gap between tiles.
+    """
+    text = config.text_config
+    heads, head = block_size(text)
+    width, tiles = heads * head, -(-visual // config.tokens_per_tile)
+    row = 2 * text.hidden_size * 2 * width + 4 * visual * width
+    places = visual + (tiles - 1) * (BLOCK_KERNEL // 2)
+    made = 2 * visual * text.hidden_size * 2 * width + 2 * places * 2 * width * BLOCK_KERNEL
+    return (words * row + made, (new_tokens - 1) * row) if visual else (0, 0)
+
+
 def schedule_flops(
     config, kinds: Sequence[str], visual: int, words: int, new_tokens: int = 1, pruned: tuple[int, int] | None = None
 ) -> dict[str, int]:
     """FLOPs of the text model for one answer, if its layers differ in how vision takes part.
 
     Args:
+        config: a [`QGSAConfig`], whose `vision_cross` says how cross layers look.
         kinds: of all layers, "full", "cross" or "text".
         visual: number of visual tokens in the prompt.
         words: number of other tokens.
@@ -62,6 +79,9 @@ def schedule_flops(
     prefill, decode, without = head_of_text, (new_tokens - 1) * head_of_text, head_of_text * new_tokens
     for number, kind in enumerate(kinds):
         shown = {"full": visual, "cross": visual, "text": 0}[kind] if number < layer else {"text": 0}.get(kind, kept)
+        if kind == "cross" and config.vision_cross == "block":
+            block = block_flops(config, shown, words, new_tokens)
+            prefill, decode, kind, shown = prefill + block[0], decode + block[1], "text", 0
         rows = words + shown * (kind == "full")
         prefill += rows * whole + 4 * rows * (words + shown) * queries
         prefill += 2 * shown * text.hidden_size * 2 * keys * (kind == "cross")
@@ -80,8 +100,10 @@ def cache_bytes(config, kinds: Sequence[str], visual: int, words: int, size: int
     """
     text = config.text_config
     head = text.head_dim or text.hidden_size // text.num_attention_heads
-    slots = sum(words + (0 if kind == "text" else visual) for kind in kinds)
-    return slots * 2 * text.num_key_value_heads * head * size
+    own = text.num_key_value_heads * head
+    width = math.prod(block_size(text)) if config.vision_cross == "block" else own
+    seen = {"full": own, "cross": width, "text": 0}
+    return sum(words * own + visual * seen[kind] for kind in kinds) * 2 * size
 
 
 def selector_flops(config, question: int, tiles: int) -> int:

@@ -29,11 +29,11 @@ def untrained_systems(dense, ranking: dict, shares: Sequence[float]) -> list[Sys
         dense: the dense checkpoint as a QGSA model.
         ranking: what `rank_vision_layers` returned for it.
     """
-    text, systems = dense.config.text_config, []
-    layers = text.num_hidden_layers
+    config, systems = dense.config, []
+    layers = config.text_config.num_hidden_layers
     ranked = [parse_schedule("ranking", each, layers) for each in ranking["schedules"]]
     for share in shares:
-        kinds = within(ranked, share, text)
+        kinds = within(ranked, share, config)
         assert kinds is not None
         found = {f"ranked, {share:.1%}": letters_of(kinds)}
         for name, make in (
@@ -42,8 +42,8 @@ def untrained_systems(dense, ranking: dict, shares: Sequence[float]) -> list[Sys
             ("random layers", partial(at_random, layers=layers)),
         ):
             schedules = [parse_schedule("", make(count), layers) for count in range(layers + 1)]
-            enough = [each for each in schedules if vision_share(each, text) >= vision_share(kinds, text)]
-            found[f"{name}, {share:.1%}"] = letters_of(min(enough, key=lambda each: vision_share(each, text)))
+            enough = [each for each in schedules if vision_share(each, config) >= vision_share(kinds, config)]
+            found[f"{name}, {share:.1%}"] = letters_of(min(enough, key=lambda each: vision_share(each, config)))
         systems += [System(name, dense, EVERYTHING | {"vision_budget": letters}) for name, letters in found.items()]
     return systems
 
@@ -53,12 +53,21 @@ def cheaper_schedules(config) -> list[tuple[str, ...]]:
     return [kinds for kinds in trained_schedules(config) if set(kinds) != {"full"}]
 
 
+def by_schedule(model, name: str) -> list[System]:
+    """The cheaper schedules of a universal checkpoint, named by their share of the work on visual tokens."""
+    return [
+        System(
+            f"{name}, {vision_share(kinds, model.config):.1%}",
+            model,
+            EVERYTHING | {"vision_budget": letters_of(kinds)},
+        )
+        for kinds in cheaper_schedules(model.config)
+    ]
+
+
 def trained_systems(visor) -> list[System]:
     """The cheaper schedules of a universal checkpoint, and its policy, as configured and at lower quantiles."""
-    systems = []
-    for kinds in cheaper_schedules(visor.config):
-        name = f"visor, {vision_share(kinds, visor.config.text_config):.1%}"
-        systems.append(System(name, visor, EVERYTHING | {"vision_budget": letters_of(kinds)}))
+    systems = by_schedule(visor, "visor")
     systems.append(System("visor", visor, EVERYTHING))
     for quantile in QUANTILES:
         cheaper = copy.deepcopy(visor)
@@ -110,7 +119,7 @@ def visual_flops(system: System, tokens: float, share: float, words: int, new_to
     known = [parse_schedule("", each, layers) for each in config.vision_schedules or ()]
     given = system.options.get("vision_budget", config.vision_layers)
     known += [("full",) * layers] + ([] if given is None else [parse_schedule("", given, layers)])
-    kinds = min(known, key=lambda each: abs(vision_share(each, config.text_config) - share))
+    kinds = min(known, key=lambda each: abs(vision_share(each, config) - share))
     method = system.method
     pruned = None if method is None or not method.prune_layer else (method.prune_layer, round(tokens))
     seen = 17 * config.tokens_per_tile if pruned else round(tokens)

@@ -26,7 +26,8 @@ def train_schedules(
 ) -> QGSASmolVLMForConditionalGeneration:
     """Train LoRA adapters of the text model, each step with one of `config.vision_schedules`, and merge them.
 
-    The model draws the schedule itself, see `choose_schedules`: any other trainer does the same.
+    With `vision_cross="block"`, the blocks are trained beside them, with all of their weights. The model draws the
+    schedule itself, see `choose_schedules`: any other trainer does the same.
 
     Args:
         model: of which nothing else is trained.
@@ -38,7 +39,9 @@ def train_schedules(
     if rank < 1:
         raise ValueError(f"lora_rank ({rank}) must be at least 1")
     add_adapters(model, 0, targets)  # checks the targets, and freezes
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    blocks = [f"vision_blocks.{number}" for number in range(len(model.model.vision_blocks or ()))]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=blocks or None)
+    adapted = get_peft_model(model, lora)
     trainer = Trainer(adapted, args, QuestionCollator(processor), train)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

@@ -36,8 +36,8 @@ def load_model(source: str) -> QGSASmolVLMForConditionalGeneration:
     return QGSASmolVLMForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
 
 
-def load_dense(source: str) -> tuple[QGSASmolVLMForConditionalGeneration, QGSAProcessor]:
-    """A dense checkpoint as a QGSA model with a fresh selector, and its processor."""
+def load_dense(source: str, **fields) -> tuple[QGSASmolVLMForConditionalGeneration, QGSAProcessor]:
+    """A dense checkpoint as a QGSA model with a fresh selector, and its processor; `fields` of the configuration."""
     check_source(source)
-    dense = QGSASmolVLMForConditionalGeneration.from_dense(source)
+    dense = QGSASmolVLMForConditionalGeneration.from_dense(source, **fields)
     return dense, QGSAProcessor.from_pretrained(source, backend="pil")

@@ -19,6 +19,7 @@ from training.data.collator import QuestionCollator
 from training.evaluation.answers import answer
 from training.evaluation.depth import (
     by_depth,
+    by_schedule,
     cheaper_schedules,
     controls,
     pruning_systems,
@@ -50,6 +51,9 @@ class DepthArguments:
         default=None, metadata={"help": "The dense one, calibrated (run_qgsa.py --task calibrate)."}
     )
     vica: str | None = field(default=None, metadata={"help": "Trained by run_visor.py with one schedule."})
+    blocks: str | None = field(
+        default=None, metadata={"help": "Trained by run_visor.py with --vision_cross block: adds visor-blocks."}
+    )
     families: str = field(
         default="", metadata={"help": "Families of questions, with commas; those of the benchmark by default."}
     )
@@ -75,9 +79,11 @@ def make_systems(run: DepthArguments, dense, visor, processor, words: int) -> li
         words: number of tokens of a prompt other than visual ones.
     """
     ranking = dense.rank_vision_layers(Subset(Cards("train", run.ranking_size), range(run.ranking_size)), processor)
-    trained, text = trained_systems(visor), visor.config.text_config
-    shares = [vision_share(kinds, text) for kinds in cheaper_schedules(visor.config)]
+    trained = trained_systems(visor)
+    shares = [vision_share(kinds, visor.config) for kinds in cheaper_schedules(visor.config)]
     systems = [*controls(dense, visor), *untrained_systems(dense, ranking, shares), *trained]
+    if run.blocks is not None:
+        systems += by_schedule(load_model(run.blocks), "visor-blocks")
     if run.vica is not None:
         systems.append(System("vica", load_model(run.vica)))
     systems += [*by_depth(dense, "untrained"), *by_depth(visor, "trained")]

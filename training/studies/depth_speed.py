@@ -126,7 +126,7 @@ def measure(model, processor, image, run: DepthSpeedArguments) -> list[dict]:
             for name, letters in names.items():
                 kinds = parse_schedule("", letters, layers)
                 row = {"system": name, "batch_size": size, "visual_tokens_mean": kept, "words": words}
-                row |= {"schedule": letters, "vision_share": vision_share(kinds, config.text_config)}
+                row |= {"schedule": letters, "vision_share": vision_share(kinds, config)}
                 row |= {part: median(each[part] for each in found[name]) for part in found[name][0]}
                 row["kv_cache_bytes"] = size * cache_bytes(config, kinds, kept, words, model.lm_head.weight.itemsize)
                 rows.append(row | {"memory_bytes": memory[name]})

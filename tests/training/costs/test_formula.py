@@ -5,6 +5,7 @@ import torch
 from transformers import Idefics3Config
 
 from modeling_qgsa.conversion_qgsa import config_of_dense
+from modeling_qgsa.layered_cache_qgsa import held_by
 from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.request_qgsa import Request
@@ -126,9 +127,10 @@ def test_the_table_of_answers(published):
     assert "| 576 | 1296 | 98.7% | 76 |" in table and "| 256m | dense | " in table
 
 
+@pytest.mark.parametrize("cross", ["own", "block"])
 @pytest.mark.parametrize("letters", ["FF", "FC", "CT", "TT", "TC"])
-def test_schedules(make_model, inputs, letters):
-    model = make_model(pointer="attention")
+def test_schedules(make_model, inputs, letters, cross):
+    model = make_model(pointer="attention", vision_cross=cross)
     kinds = parse_schedule("", letters, 2)
     everything = {"selection": "after_encoder", "min_visual_tokens": 9999, "max_visual_tokens": 9999}
     counted = count_flops(model, inputs, 5, **everything, vision_budget=letters)
@@ -142,7 +144,8 @@ def test_schedules(make_model, inputs, letters):
     assert difference == pytest.approx(expected["visual"], rel=1e-3, abs=1e4)
     with torch.no_grad():
         cache = model(**inputs, **everything, vision_budget=letters).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    seen = [] if held_by(cache) is None else held_by(cache).seen.values()
+    held = sum(each.keys.nbytes + each.values.nbytes for each in [*cache.layers, *seen])
     assert cache_bytes(model.config, kinds, visual, words) == held
 
 

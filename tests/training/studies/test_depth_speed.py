@@ -41,8 +41,9 @@ def test_every_schedule_is_timed(model, processor, make_image, monkeypatch):
         assert full["vision_share"] == 1 and none["vision_share"] == 0
         assert full["kv_cache_bytes"] > none["kv_cache_bytes"] > 0
         assert full["seconds_1"] < full["seconds_8"] < full["seconds_64"] and full["per_token"] > 0
-    text = model.config.text_config
-    assert all(row["vision_share"] == vision_share(parse_schedule("", row["schedule"], 2), text) for row in rows)
+    assert all(
+        row["vision_share"] == vision_share(parse_schedule("", row["schedule"], 2), model.config) for row in rows
+    )
     rows += ask_again(model, processor, make_image(0))
     assert len(format_depth_speed(rows).splitlines()) == 2 + 8
     assert rows[-1]["first"] > 0 and len(format_questions(rows).splitlines()) == 2 + 1
