@@ -59,6 +59,7 @@ class VisionBlock(nn.Module):
         )
         self.output = nn.Linear(width, text.hidden_size, bias=False)
         self.gate = nn.Parameter(torch.empty(1))
+        self.gate_scale = text.hidden_size**0.5  # Adam moves all weights alike: else the gate opens last by far
         self.init_weights()
 
     def init_weights(self):
@@ -108,7 +109,7 @@ class VisionBlock(nn.Module):
         query = self.query(self.text_norm(text)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, query, keys, values, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
-        added = self.gate.tanh() * self.output(attended.flatten(2))
+        added = (self.gate * self.gate_scale).tanh() * self.output(attended.flatten(2))
         return text + added.masked_fill(~sees[..., None], 0.0), (keys, values)
 
 

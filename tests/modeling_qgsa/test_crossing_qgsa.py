@@ -37,7 +37,7 @@ def open_gates(model, seed=5):
             weight.normal_(std=0.4, generator=generator)
         block.text_norm.weight.add_(1)
         block.visual_norm.weight.add_(1)
-        block.gate.add_(1)
+        block.gate.div_(block.gate_scale).add_(0.2)
     return model
 
 
@@ -68,7 +68,7 @@ def plain_block(block, text, visual, earlier):
             continue
         weights = (torch.einsum("hd,nhd->hn", queries[row], keys[:count]) * block.scaling).softmax(-1)
         rows.append(block.output(torch.einsum("hn,nhd->hd", weights, values[:count]).flatten()))
-    return torch.stack(rows) * block.gate.tanh()
+    return torch.stack(rows) * (block.gate * block.gate_scale).tanh()
 
 
 @torch.no_grad()
