@@ -133,6 +133,51 @@ def test_an_override_out_of_range_is_named(config, overrides, message):
         Budget.of(config, **overrides)
 
 
+@pytest.mark.parametrize(
+    "number, overrides, expected",
+    [
+        (40, {}, (8, 40, 0, 3)),  # 16 tokens per tile
+        (48, {}, (8, 48, 0, 3)),
+        (49, {}, (8, 49, 0, 4)),
+        (5, {}, (5, 5, 0, 1)),
+        (1, {"min_tiles": 1}, (1, 1, 1, 1)),
+        (272, {}, (8, 272, 0, 17)),  # more than is configured
+        (40, {"max_tiles": 9, "min_visual_tokens": 40}, (40, 40, 0, 9)),
+        (40, {"max_tiles": 0, "max_visual_tokens": None}, (8, 40, 0, 0)),
+        (2**31 - 1, {}, (8, 2**31 - 1, 0, 2**27)),
+    ],
+)
+def test_one_number_limits_tokens_and_tiles(number, overrides, expected, config):
+    assert (config.min_visual_tokens, config.min_tiles, config.max_tiles) == (8, 0, 4)
+    assert Budget.of(config, number, **overrides) == Budget("before_encoder", *expected)
+
+
+def test_one_number_lowers_the_configured_minima(config):
+    config.min_visual_tokens, config.min_tiles = 48, 4
+    assert Budget.of(config, 20) == Budget("before_encoder", 20, 20, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "number, overrides, message",
+    [
+        (0, {}, "max_image_tokens (0) must be an integer of 1 to 2147483647"),
+        (2**31, {}, "max_image_tokens (2147483648) must be an integer of 1 to 2147483647"),
+        (True, {}, "max_image_tokens (True) must be an integer"),
+        (9.5, {}, "max_image_tokens (9.5) must be an integer"),
+        ("9", {}, "max_image_tokens ('9') must be an integer"),
+        (40, {"max_visual_tokens": 40}, "max_image_tokens (40, at most 3 tiles) contradicts max_visual_tokens (40)"),
+        (40, {"min_visual_tokens": 41}, "max_image_tokens (40, at most 3 tiles) contradicts min_visual_tokens (41)"),
+        (40, {"min_tiles": 4}, "max_image_tokens (40, at most 3 tiles) contradicts min_tiles (4)"),
+        (40, {"min_tiles": 2, "max_tiles": 1}, "min_tiles (2) must not exceed max_tiles (1)"),
+        (40, {"min_tiles": "2"}, "min_tiles ('2') must be an integer"),
+        (40, {"selection": "dense"}, 'max_image_tokens (40): not available with selection "dense"'),
+    ],
+)
+def test_one_number_out_of_range_or_against_others_is_named(number, overrides, message, config):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Budget.of(config, number, **overrides)
+
+
 def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):
     config.max_tiles = -2
     with pytest.raises(ValueError, match=re.escape("min_tiles (0) must not exceed max_tiles (-2)")):
