@@ -12,6 +12,7 @@ import export
 import push_to_hub
 import pytest
 import serve
+import serve_load
 from serving import serving
 
 from training.benchmark import BenchmarkArguments
@@ -224,6 +225,7 @@ PARSERS = {
     "hub_cards/export.py": export.ExportArguments,
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
+    "hub_cards/serve_load.py": serve_load.LoadArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/guided_speed.py": GuidedSpeedArguments,
