@@ -73,9 +73,11 @@ class Budget:
         return budget
 
     def limited_to(self, max_image_tokens: int, tokens_per_tile: int, given: dict[str, Any]) -> "Budget":
-        """This budget with at most `max_image_tokens` visual tokens, and as many tiles as these can fill.
+        """This budget with at most `max_image_tokens` visual tokens, and tiles in proportion to them.
 
-        A limit above the configured budget raises it. Minima are lowered where they exceed the new maxima.
+        There are at least as many tiles as can deliver so many tokens together with the global view. A number that is
+        the budget's own changes nothing, and a higher one raises it. Minima are lowered where they exceed the new
+        maxima. An image that nothing is asked about is kept whole all the same.
 
         Args:
             given: fields that one call sets besides.
@@ -87,7 +89,8 @@ class Budget:
             raise ValueError(f"max_image_tokens ({number!r}) must be an integer of 1 to {MAX_BUDGET}")
         if given.get("selection", self.selection) == "dense":
             raise ValueError(f'max_image_tokens ({number}): not available with selection "dense", which keeps all')
-        tiles = -(-number // tokens_per_tile)
+        fill, proportion = -(-number // tokens_per_tile) - 1, -(-number * self.max_tiles // self.max_visual_tokens)
+        tiles = min(max(fill, proportion), MAX_BUDGET)
         for name, most in {"max_visual_tokens": number, "min_visual_tokens": number, "min_tiles": tiles}.items():
             value = given.get(name)
             if isinstance(value, Integral) and (value > most or name == "max_visual_tokens"):

@@ -164,7 +164,7 @@ def test_several_turns_and_images(ask, expect):
         ({"min_tiles": 3, "max_tiles": 3, "min_visual_tokens": 20, "max_visual_tokens": 20}, ([20], [3])),
         ({"selection": "after_encoder", "min_visual_tokens": 9, "max_visual_tokens": 9}, ([9], [16])),
         ({"selection": "dense"}, ([272], [16])),
-        ({"max_image_tokens": 9}, ([9], [1])),
+        ({"max_image_tokens": 15, "min_visual_tokens": 15, "min_tiles": 2}, ([15], [2])),  # 8 tiles for 60
     ],
 )
 def test_budgets_of_a_request(budget, looked, ask, expect):
