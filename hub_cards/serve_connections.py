@@ -7,6 +7,7 @@ are counted in `Places` and in the queue of answers, so that busy connections ar
 """
 
 import asyncio
+import hmac
 import ipaddress
 from collections import Counter
 from collections.abc import Iterator
@@ -156,6 +157,16 @@ class Places:
         finally:
             self.taken[address] -= 1
             self.taken += Counter()  # forgets addresses without requests
+
+
+def check_key(request: Request, key: str | None):
+    """Raise RequestError (401) unless a request brings the `key`, if there is one."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Compared in constant time: how long it takes must not tell how much of it is right.
+    same = hmac.compare_digest(given.strip().encode("latin-1"), (key or "").encode())
+    if key is not None and not (same and scheme.lower() == "bearer"):
+        message = "Authorization must be 'Bearer' and the API key of this server"
+        raise RequestError(message, status=401, code="invalid_api_key")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import ipaddress
+import os
 import re
 import reprlib
 import socket
@@ -21,6 +22,7 @@ from serve_workers import WorkerKilled, Workers
 
 DECODER = Path(__file__).with_name("serve_decoder.py")
 HEADERS = 2  # images whose headers are read at the same time, one behind the other for all clients
+READERS = max(2, min(4, os.cpu_count() or 1))  # images whose pixels are read at the same time
 SHARE = 0.2  # of `max_image_seconds`, for the headers of a request; those of honest images take milliseconds
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 SECONDS = 10  # per URL, from the DNS lookup to the last byte
@@ -50,14 +52,14 @@ class Encoded:
 class ImageReader:
     """Reads images in worker processes, the pixels of a request within `limits.max_image_seconds`.
 
-    The headers have workers and threads of their own, so that they never wait for pixels; pixels are read in the
-    threads that answer, which are `limits.concurrency`.
+    The headers have workers and threads of their own, so that they never wait for pixels; pixels are read in READERS
+    threads, see `serve_batches`.
     """
 
     def __init__(self, limits: Limits):
         self.limits = limits
         memory = 2**29 + 24 * limits.max_pixels  # Pillow, and six copies of four channels
-        self.workers = Workers(DECODER, HEADERS + limits.concurrency, memory)
+        self.workers = Workers(DECODER, HEADERS + READERS, memory)
         self.threads = ThreadPoolExecutor(HEADERS)
 
     async def load(self, chat: ChatRequest) -> list[Encoded]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, create_model, model_validator
+from starlette.responses import JSONResponse
 
 from modeling_qgsa.configuration_qgsa import Budget
 
@@ -25,14 +26,16 @@ class Limits:
         default=10, metadata={"help": "Seconds per request to decode all images, and a fifth of it for their headers."}
     )
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per answer; also the default."})
-    concurrency: int = field(default=1, metadata={"help": "Answers generated at the same time."})
-    max_waiting: int = field(default=16, metadata={"help": "Waiting requests; the next one gets a 503."})
+    max_batch_size: int = field(
+        default=8, metadata={"help": "Most answers generated together; with a guide it is one at a time."}
+    )
+    max_waiting: int = field(default=16, metadata={"help": "Requests that may wait besides; the next one gets a 503."})
     allow_urls: bool = field(
         default=False, metadata={"help": "Fetch images from http(s) URLs (public addresses only)."}
     )
 
     def __post_init__(self):
-        minimum = {"max_pixels": 1, "max_new_tokens": 1, "concurrency": 1, "max_images": 0, "max_waiting": 0}
+        minimum = {"max_pixels": 1, "max_new_tokens": 1, "max_batch_size": 1, "max_images": 0, "max_waiting": 0}
         for name, number in minimum.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {number}")
@@ -63,10 +66,26 @@ class RequestError(Exception):
 INTERNAL = RequestError("internal server error: see the server log", status=500)
 
 
+def disconnected() -> RequestError:
+    """The error of a request without a client; a new one each time, since an error keeps tracebacks."""
+    return RequestError("client disconnected", status=499)
+
+
+def closing() -> RequestError:
+    """The error of requests to a server that is shutting down."""
+    return RequestError("the server is shutting down: try another one", status=503, code="shutting_down")
+
+
 def error_body(error: RequestError) -> dict:
     """Response body of an error, in OpenAI's format."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Response of an error, in OpenAI's format."""
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status)
+    return JSONResponse(error_body(error), error.status, headers)
 
 
 class Fields(BaseModel):
@@ -128,6 +147,7 @@ QGSAOptions = create_model(
     __base__=Fields,
     __doc__="Budget of one request, as the keyword arguments of `generate`; the model checks the values.",
     vision_budget=(float | Annotated[str, Field(max_length=1000)] | None, None),
+    max_image_tokens=(int | None, None),
     **{name: (kind | None, None) for name, kind in get_type_hints(Budget).items()},
 )
 
@@ -218,11 +238,6 @@ def check_limits(chat: ChatRequest, limits: Limits, markers: list[str], max_char
         asked = getattr(chat, name)
         if asked is not None and asked > limits.max_new_tokens:
             raise RequestError(f"{name} ({asked}) must be at most {limits.max_new_tokens} on this server", name)
-    if chat.seed is not None and chat.samples and limits.concurrency > 1:
-        raise RequestError(
-            f"seed: sampled answers are repeatable only with a concurrency of 1, not {limits.concurrency}",
-            "seed",
-        )
     images = len(list(chat.image_urls))
     if images > limits.max_images:
         raise RequestError(f"messages: {images} images exceed the limit of {limits.max_images}", "messages")

@@ -38,6 +38,7 @@ AUTO_MAP = {
 class LimitKwargs(TypedDict, total=False):
     """The limits of a [`Budget`] as keyword arguments of one call; None keeps the configured value."""
 
+    max_image_tokens: int | None
     min_visual_tokens: int | None
     max_visual_tokens: int | None
     min_tiles: int | None
@@ -55,15 +56,55 @@ class Budget:
     max_tiles: int = 4
 
     @classmethod
-    def of(cls, config, **overrides: Any) -> "Budget":
+    def of(cls, config, max_image_tokens: int | None = None, **overrides: Any) -> "Budget":
         """The budget of `config` with the overrides of one call; None keeps the configured value.
+
+        Args:
+            max_image_tokens: most visual tokens per image; sets the limits that are not overridden, see `limited_to`.
 
         Raises ValueError if the result is out of range, TypeError for an unknown field.
         """
-        configured = cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
-        budget = replace(configured, **{name: value for name, value in overrides.items() if value is not None})
+        budget = cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if max_image_tokens is not None:
+            budget = budget.limited_to(max_image_tokens, config.tokens_per_tile, given)
+        budget = replace(budget, **given)
         budget.check()
         return budget
+
+    def limited_to(self, max_image_tokens: int, tokens_per_tile: int, given: dict[str, Any]) -> "Budget":
+        """This budget with at most `max_image_tokens` visual tokens, and tiles in proportion to them.
+
+        There are at least as many tiles as can deliver so many tokens together with the global view. A number that is
+        the budget's own changes nothing, and a higher one raises it. Minima are lowered where they exceed the new
+        maxima. An image that nothing is asked about is kept whole all the same.
+
+        Args:
+            given: fields that one call sets besides.
+
+        Raises ValueError if the number is out of range, or contradicts what is given.
+        """
+        number = max_image_tokens
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 1 <= number <= MAX_BUDGET:
+            raise ValueError(f"max_image_tokens ({number!r}) must be an integer of 1 to {MAX_BUDGET}")
+        if given.get("selection", self.selection) == "dense":
+            raise ValueError(f'max_image_tokens ({number}): not available with selection "dense", which keeps all')
+        fill, proportion = -(-number // tokens_per_tile) - 1, -(-number * self.max_tiles // self.max_visual_tokens)
+        tiles = min(max(fill, proportion), MAX_BUDGET)
+        for name, most in {"max_visual_tokens": number, "min_visual_tokens": number, "min_tiles": tiles}.items():
+            value = given.get(name)
+            if isinstance(value, Integral) and (value > most or name == "max_visual_tokens"):
+                raise ValueError(
+                    f"max_image_tokens ({number}, at most {tiles} tiles) contradicts {name} ({value}): give one of "
+                    "them"
+                )
+        return replace(
+            self,
+            min_visual_tokens=min(self.min_visual_tokens, number),
+            max_visual_tokens=number,
+            min_tiles=min(self.min_tiles, tiles),
+            max_tiles=tiles,
+        )
 
     def check(self):
         """Raise ValueError, naming the field and both numbers, if the budget is out of range."""

@@ -329,6 +329,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
                 the share of the layers' work on visual tokens to do, see `schedule_of`.
             interaction: what `generate` hands on of both to its first step.
             selection, pointer, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config.
+            max_image_tokens: most visual tokens per image, and tiles in proportion; one number in place of the four
+                limits.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
         """

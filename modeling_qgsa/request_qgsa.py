@@ -258,7 +258,7 @@ class Request:
         given = {name: kwargs.pop(name, None) for name in REQUEST_NAMES}
         outputs = given["mm_encoder_outputs"]
         encoded = {} if outputs is None or not len(outputs) else {"mm_encoder_outputs": outputs}  # {}: from `generate`
-        budget = Budget.of(config, **{name: given[name] for name in BUDGET_NAMES})
+        budget = Budget.of(config, given["max_image_tokens"], **{name: given[name] for name in BUDGET_NAMES})
         check_prune_layer(given["prune_layer"], config.text_config.num_hidden_layers)
         visual = VisualInputs(
             given["pixel_values"],

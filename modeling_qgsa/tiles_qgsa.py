@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -69,6 +70,13 @@ class LazyTiles:
     def __init__(self, samples: list[list[LazyImage]], image_processor):
         self.image_processor = image_processor
         self.tiles = [[(image, number) for image in images for number in range(image.last + 1)] for images in samples]
+
+    @classmethod
+    def join(cls, parts: Sequence["LazyTiles"]) -> "LazyTiles":
+        """The tiles of several batches as one batch."""
+        whole = copy.copy(parts[0])
+        whole.tiles = [tiles for part in parts for tiles in part.tiles]
+        return whole
 
     @property
     def counts(self) -> list[int]:

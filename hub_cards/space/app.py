@@ -112,28 +112,27 @@ def draw(processor, image: Image.Image, selection) -> tuple[Image.Image, Image.I
     return processor.draw_selection(large, tiles), processor.draw_selection(coarse, global_view)
 
 
-def ask(model, processor, image: Image.Image | None, question: str, max_tiles: int, max_visual_tokens: int) -> Answer:
+def ask(model, processor, image: Image.Image | None, question: str, max_image_tokens: int) -> Answer:
     """Answer a question with QGSA and with dense.
 
     Args:
         model, processor: as returned by [`load`].
         image: PIL image of any mode.
-        max_tiles, max_visual_tokens: maximum number of high-resolution tiles and of visual tokens; the question
-            decides how much of this budget is used.
+        max_image_tokens: maximum number of visual tokens, which limits the tiles too; the question decides how much of
+            this budget is used.
 
-    Raises ValueError if image or question is missing, if the image cannot be cut into tiles, or if the budget is below
-    the configured minimum.
+    Raises ValueError if image or question is missing, if the image cannot be cut into tiles, or if the budget is out
+    of range.
     """
     if image is None:
         raise ValueError("image is missing: upload one or pick an example")
     if not question.strip():
         raise ValueError("question is missing: the selection depends on it")
-    budget = {"max_tiles": int(max_tiles), "max_visual_tokens": int(max_visual_tokens)}
     answer = partial(generate, model, processor, image, question)
     start, times = time.perf_counter(), []
     while not times or time.perf_counter() - start < MEASURED_SECONDS:
         # Alternating, so that both run under the same load.
-        text, output, milliseconds = answer(lazy_tiles=True, **budget)
+        text, output, milliseconds = answer(lazy_tiles=True, max_image_tokens=int(max_image_tokens))
         dense_text, _, dense_milliseconds = answer(lazy_tiles=False, selection="dense")
         times.append((milliseconds, dense_milliseconds))
     selection = output.selection
@@ -161,9 +160,9 @@ def format_numbers(answer: Answer) -> str:
 def build(model, processor) -> gr.Blocks:
     """Build the page."""
 
-    def show(image, question, max_tiles, max_visual_tokens):
+    def show(image, question, max_image_tokens):
         try:
-            answer = ask(model, processor, image, question, max_tiles, max_visual_tokens)
+            answer = ask(model, processor, image, question, max_image_tokens)
         except ValueError as error:
             message = html.escape(str(error))  # may contain tokens such as <image>
             raise gr.Error(message, print_exception=False) from error
@@ -183,18 +182,16 @@ def build(model, processor) -> gr.Blocks:
             with gr.Column(scale=5):
                 gr.Examples(examples, [image, *questions], label="Examples: an image and two questions")
             with gr.Column(scale=4):
-                low, high, value = config.min_tiles, all_tiles, config.max_tiles
-                max_tiles = gr.Slider(low, high, value, step=1, label="Maximum tiles encoded")
                 low, high, value = config.min_visual_tokens, all_tokens, config.max_visual_tokens
-                max_tokens = gr.Slider(low, high, value, step=1, label="Maximum visual tokens kept")
+                max_tokens = gr.Slider(low, high, value, step=1, label="Maximum image tokens")
                 button = gr.Button("Ask both questions", variant="primary")
         with gr.Row():
             for number, question in enumerate(questions, 1):
                 with gr.Column():
                     question.render()
                     outputs = build_results(number)
-                events = [button.click, question.submit, max_tiles.release, max_tokens.release]
-                inputs = [image, question, max_tiles, max_tokens]
+                events = [button.click, question.submit, max_tokens.release]
+                inputs = [image, question, max_tokens]
                 # One question at a time, so that the times are comparable.
                 gr.on(events, show, inputs, outputs, concurrency_id="model", show_progress_on=outputs[:1])
     return page.queue(default_concurrency_limit=1)
@@ -228,8 +225,7 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     # The first answer of a process is slower than all others and would count against QGSA.
-    budget = model.config.max_tiles, model.config.max_visual_tokens
-    ask(model, processor, Image.new("RGB", (64, 64)), "what is this?", *budget)
+    ask(model, processor, Image.new("RGB", (64, 64)), "what is this?", model.config.max_visual_tokens)
     build(model, processor).launch(theme=THEME, css=CSS, show_error=True)
 
 

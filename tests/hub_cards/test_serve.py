@@ -164,6 +164,7 @@ def test_several_turns_and_images(ask, expect):
         ({"min_tiles": 3, "max_tiles": 3, "min_visual_tokens": 20, "max_visual_tokens": 20}, ([20], [3])),
         ({"selection": "after_encoder", "min_visual_tokens": 9, "max_visual_tokens": 9}, ([9], [16])),
         ({"selection": "dense"}, ([272], [16])),
+        ({"max_image_tokens": 15, "min_visual_tokens": 15, "min_tiles": 2}, ([15], [2])),  # 8 tiles for 60
     ],
 )
 def test_budgets_of_a_request(budget, looked, ask, expect):
@@ -320,12 +321,12 @@ def test_an_image_without_a_question_is_answered_from_all_of_it(ask):
 # Several clients
 
 
-@pytest.mark.parametrize("concurrency", [1, 3])
-def test_concurrent_requests_each_get_their_answer(concurrency, checkpoint, expect):
+@pytest.mark.parametrize("size", [1, 3])
+def test_concurrent_requests_each_get_their_answer(size, checkpoint, expect):
     samples = [CARDS[index] for index in range(8)]
     expected = [expect([turn("user", s["question"], 1)], [s["image"]])[0] for s in samples]
     assert len(set(expected)) > 3
-    with serving(make_app(*checkpoint, Limits(concurrency=concurrency))) as url, ThreadPoolExecutor(8) as threads:
+    with serving(make_app(*checkpoint, Limits(max_batch_size=size))) as url, ThreadPoolExecutor(8) as threads:
         client = connect(url)
 
         def ask(sample):
@@ -355,7 +356,7 @@ def endless():
     model.generation_config.eos_token_id = None
     pace = Pace()
     model.register_forward_pre_hook(pace)
-    with serving(make_app(model, processor, Limits(max_waiting=1))) as url:
+    with serving(make_app(model, processor, Limits(max_batch_size=1, max_waiting=1))) as url:
         yield url, pace
 
 
@@ -375,7 +376,7 @@ def test_health_during_an_answer_and_a_full_queue(endless):
     assert (one.status_code, two.status_code, rejected.status_code) == (200, 200, 503)
     assert rejected.headers["retry-after"] == "1"
     error = rejected.json()["error"]
-    assert error["type"] == "server_error" and "queue full (1 waiting" in error["message"]
+    assert error["type"] == "server_error" and "queue full (2 requests run or wait)" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -429,6 +430,11 @@ JSON = {"content-type": "application/json"}
         ({"qgsa": {"tiles": 3}}, "qgsa.tiles: "),
         ({"qgsa": {"max_tiles": "3"}}, "qgsa.max_tiles: .* not '3'"),
         ({"qgsa": {"max_visual_tokens": 2**31}}, "qgsa: .*max_visual_tokens"),
+        ({"qgsa": {"max_image_tokens": 0}}, r"qgsa: max_image_tokens \(0\) must be an integer of 1 to 2147483647"),
+        ({"qgsa": {"max_image_tokens": 2**31}}, "qgsa: max_image_tokens .2147483648. must be an integer of 1 to"),
+        ({"qgsa": {"max_image_tokens": 9, "max_visual_tokens": 8}}, "max_image_tokens .9, .* contradicts max_visual_"),
+        ({"qgsa": {"max_image_tokens": 9, "min_visual_tokens": 10}}, "contradicts min_visual_tokens .10"),
+        ({"qgsa": {"max_image_tokens": 9, "selection": "dense"}}, 'max_image_tokens .9.*"dense"'),
         ({"qgsa": {"selection": "best"}}, "qgsa: selection .*'best'.* before_encoder"),
         ({"qgsa": {"vision_budget": 0.5}}, r"qgsa: vision_budget \(0.5\): the layers .* not ranked"),
         ({"qgsa": {"vision_budget": "FFC"}}, "qgsa: vision_budget .3 layers. must have one kind for each of the 6"),
@@ -692,8 +698,8 @@ def test_the_script_listens_on_loopback_only(script):
 
 def test_arguments():
     assert ServeArguments().host == "127.0.0.1" and not ServeArguments().allow_urls
-    too_low = dict.fromkeys(("concurrency", "max_pixels", "max_request_mb", "max_image_seconds"), 0)
-    for name, number in {**too_low, "max_waiting": -1}.items():
+    too_low = dict.fromkeys(("max_batch_size", "max_pixels", "max_request_mb", "max_image_seconds"), 0)
+    for name, number in {**too_low, "max_waiting": -1, "shutdown_timeout": -1}.items():
         with pytest.raises(ValueError, match=rf"{name} \({number}\) must be"):
             ServeArguments(**{name: number})
 

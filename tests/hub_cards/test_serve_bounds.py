@@ -279,8 +279,9 @@ def test_what_counts_as_one_address(host, network):
 
 
 def test_an_address_has_places_of_its_own(url):
+    limits = Limits()
     with ExitStack() as stack:
-        for _ in range(25):
+        for _ in range(limits.max_batch_size + limits.max_waiting + serve_connections.SPARE):
             stack.enter_context(sent(url, head(10), "127.0.0.2"))
         time.sleep(0.3)
         refused = stack.enter_context(sent(url, head(10), "127.0.0.2"))

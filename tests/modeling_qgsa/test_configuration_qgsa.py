@@ -133,6 +133,65 @@ def test_an_override_out_of_range_is_named(config, overrides, message):
         Budget.of(config, **overrides)
 
 
+@pytest.mark.parametrize(
+    "number, overrides, expected",
+    [
+        (48, {}, (8, 48, 0, 4)),  # as configured
+        (36, {}, (8, 36, 0, 3)),
+        (37, {}, (8, 37, 0, 4)),
+        (5, {}, (5, 5, 0, 1)),
+        (1, {"min_tiles": 1}, (1, 1, 1, 1)),
+        (272, {}, (8, 272, 0, 23)),  # more than is configured
+        (40, {"max_tiles": 9, "min_visual_tokens": 40}, (40, 40, 0, 9)),
+        (40, {"max_tiles": 0, "max_visual_tokens": None}, (8, 40, 0, 0)),
+        (2**31 - 1, {}, (8, 2**31 - 1, 0, 178_956_971)),
+    ],
+)
+def test_one_number_limits_tokens_and_tiles(number, overrides, expected, config):
+    assert vars(Budget.of(config)) == vars(Budget("before_encoder", 8, 48, 0, 4))
+    assert Budget.of(config, number, **overrides) == Budget("before_encoder", *expected)
+
+
+@pytest.mark.parametrize("number, tiles", [(1, 0), (16, 0), (17, 1), (32, 1), (33, 2), (272, 16)])
+def test_tiles_and_global_view_can_deliver_so_many_tokens(number, tiles, config):
+    config.max_tiles = 0
+    assert Budget.of(config, number).max_tiles == tiles
+
+
+def test_one_number_of_whole_tiles_is_the_budget_of_whole_tiles(config):
+    config.keep_whole_tiles()
+    assert config.max_visual_tokens == 80 and Budget.of(config, 80) == Budget.of(config)
+    config.max_tiles, config.max_visual_tokens = 2**31 - 1, 1
+    config.min_visual_tokens = 1
+    assert Budget.of(config, 3).max_tiles == 2**31 - 1
+
+
+def test_one_number_lowers_the_configured_minima(config):
+    config.min_visual_tokens, config.min_tiles = 48, 4
+    assert Budget.of(config, 20) == Budget("before_encoder", 20, 20, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "number, overrides, message",
+    [
+        (0, {}, "max_image_tokens (0) must be an integer of 1 to 2147483647"),
+        (2**31, {}, "max_image_tokens (2147483648) must be an integer of 1 to 2147483647"),
+        (True, {}, "max_image_tokens (True) must be an integer"),
+        (9.5, {}, "max_image_tokens (9.5) must be an integer"),
+        ("9", {}, "max_image_tokens ('9') must be an integer"),
+        (40, {"max_visual_tokens": 40}, "max_image_tokens (40, at most 4 tiles) contradicts max_visual_tokens (40)"),
+        (40, {"min_visual_tokens": 41}, "max_image_tokens (40, at most 4 tiles) contradicts min_visual_tokens (41)"),
+        (40, {"min_tiles": 5}, "max_image_tokens (40, at most 4 tiles) contradicts min_tiles (5)"),
+        (40, {"min_tiles": 2, "max_tiles": 1}, "min_tiles (2) must not exceed max_tiles (1)"),
+        (40, {"min_tiles": "2"}, "min_tiles ('2') must be an integer"),
+        (40, {"selection": "dense"}, 'max_image_tokens (40): not available with selection "dense"'),
+    ],
+)
+def test_one_number_out_of_range_or_against_others_is_named(number, overrides, message, config):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Budget.of(config, number, **overrides)
+
+
 def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):
     config.max_tiles = -2
     with pytest.raises(ValueError, match=re.escape("min_tiles (0) must not exceed max_tiles (-2)")):

@@ -30,6 +30,32 @@ def test_a_request_takes_its_own_arguments_and_leaves_the_rest(config, batch):
     assert torch.equal(request.prompt.input_ids, batch["input_ids"])
 
 
+@pytest.mark.parametrize("selection", ["before_encoder", "after_encoder", "blocks"])
+@pytest.mark.parametrize("number", [1, 9, 16, 40, 1000])
+def test_one_number_bounds_the_tokens_of_every_image(number, selection, model, batch):
+    """In `select`, `forward` and `generate` alike; 1000 is more than there are."""
+    given = {**batch, "selection": selection, "max_image_tokens": number}
+    with torch.no_grad():
+        found = model.select(**given)
+        forward = model(**given).selection
+        generated = model.generate(**given, max_new_tokens=1, return_dict_in_generate=True).selection
+    assert found.visual_tokens.max() <= number
+    assert torch.equal(found.kept_tokens, forward.kept_tokens)
+    assert torch.equal(found.kept_tokens, generated.kept_tokens)
+    if selection != "after_encoder":
+        assert found.tiles.max() <= max(-(-number // 16) - 1, -(-number * 4 // 48))  # 4 for 48 are configured
+    if number == 1000:
+        assert found.visual_tokens.max() > model.config.max_visual_tokens
+
+
+def test_one_number_against_a_budget_of_the_same_call_is_refused(model, batch):
+    for call in (model.select, model, model.generate):
+        with pytest.raises(ValueError, match="max_image_tokens .40.* contradicts max_visual_tokens .48"):
+            call(**batch, max_image_tokens=40, max_visual_tokens=48)
+        with pytest.raises(ValueError, match='max_image_tokens .40.* "dense"'):
+            call(**batch, max_image_tokens=40, selection="dense")
+
+
 @pytest.mark.parametrize("given", [{"selection": "dense"}, {"pixel_values": None}])
 def test_the_stock_model_takes_what_selects_nothing(given, config, batch):
     request = Request.take(config, {**batch, **given})
@@ -66,7 +92,7 @@ def test_there_is_nothing_to_select_without_images(model, prepare):
 
 def test_upstream_finds_every_input_in_the_signature(model):
     """Trainer drops the columns of a data set that `forward` does not name, and `generate` refuses such arguments."""
-    limits = {"min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles"}
+    limits = {"min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles", "max_image_tokens"}
     assert set(REQUEST_NAMES) - limits <= set(inspect.signature(model.forward).parameters)
     assert set(STOCK_NAMES) <= set(inspect.signature(model.model.forward).parameters)
 

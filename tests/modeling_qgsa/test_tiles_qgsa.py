@@ -111,6 +111,20 @@ def test_options_that_nobody_reads_are_refused(name, place, processor, make_imag
         processor(images=make_image(0), text="<image>what?", lazy_tiles=True, **options)
 
 
+def test_batches_join(processor, make_image):
+    images = [[make_image(0)], [make_image(1), make_image(2, 64, 128)]]
+    texts = ["<image>what?", "<image><image>what?"]
+    parts = [
+        processor(text=[text], images=[sample], return_tensors="pt", lazy_tiles=True)["lazy_tiles"]
+        for text, sample in zip(texts, images)
+    ]
+    whole = processor(text=texts, images=images, padding=True, return_tensors="pt", lazy_tiles=True)["lazy_tiles"]
+    joined = LazyTiles.join(parts)
+    assert joined.counts == whole.counts == [17, 17 + 9] and parts[0].counts == [17]
+    places = [0, 1, 1], [3, 0, 20]
+    assert torch.equal(joined.cut(*places), whole.cut(*places))
+
+
 def test_lazy_inputs_move_with_the_batch(processor, make_image):
     inputs = processor(images=make_image(), text="<image>what?", return_tensors="pt", lazy_tiles=True).to("cpu")
     assert torch.is_tensor(inputs["pixel_values"]) and inputs["lazy_tiles"].counts == [17]
