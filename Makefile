@@ -1,4 +1,4 @@
-.PHONY: help install environments upstream demo test slow quality style clean
+.PHONY: help install environments upstream vllm demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -33,6 +33,15 @@ upstream: .upstream/fetched  ## fetch transformers' own tests, which tests/upstr
 	rm -rf .upstream
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers transformers==$(VERSION) --dest .upstream
 	tar -xzf .upstream/transformers-$(VERSION).tar.gz -C .upstream --strip-components 1 transformers-$(VERSION)/tests
+	touch $@
+
+vllm: .venv-vllm/installed  ## set up vLLM with our plugin for CPUs in .venv-vllm (3.5 GB)
+
+# torchvision, torchaudio and torchcodec are built for another torch than that of vLLM for CPUs, and fail at import.
+.venv-vllm/installed: pyproject.toml hub_cards/qgsa_vllm/pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --editable '.[vllm]' --editable hub_cards/qgsa_vllm
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: install  ## train question-guided selection on cards, show results (about 8 minutes on two cores with AVX-512, 10 with AVX2 only)

@@ -246,12 +246,17 @@ def pointer_graphs(model, embeds: torch.Tensor, positions: torch.Tensor) -> dict
 def export_graphs(model: QGSASmolVLMForConditionalGeneration, folder: Path, variants: list[str]):
     """Write every graph of `model` to `folder`, once per variant; the model is then in float32 and eager attention.
 
-    Raises ValueError if a graph is too large for a file, the selector that points was never trained, or vision does
-    not take part in every layer of the text model.
+    Raises ValueError if a graph is too large for a file, the selector that points was never trained, vision does not
+    take part in every layer of the text model, or counts are exact or positions compact.
     """
     if model.config.vision_layers is not None or model.config.vision_policy:
         raise ValueError(
             "format ('onnx'): in the graphs all layers are full: set vision_layers to None and vision_policy to False"
+        )
+    if model.config.positions_per_image is not None or model.config.positions != "original":
+        raise ValueError(
+            "format ('onnx'): its runtime has neither exact counts nor compact positions: set positions_per_image to "
+            "None and positions to 'original'"
         )
     if model.config.pointer == "selector":
         model.model.selector.check_trained()

@@ -23,6 +23,7 @@ MARKERS = (  # fields with the ids of tokens by which images and turns are found
 )
 SELECTIONS = ("before_encoder", "after_encoder", "blocks", "dense")
 POINTERS = ("attention", "selector")
+POSITIONS = ("original", "compact")
 
 # Everything the Auto classes need to load a checkpoint with `trust_remote_code=True`.
 AUTO_MAP = {
@@ -43,17 +44,22 @@ class LimitKwargs(TypedDict, total=False):
     max_visual_tokens: int | None
     min_tiles: int | None
     max_tiles: int | None
+    positions_per_image: int | None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The selection variant, and how many visual tokens and high-resolution tiles it may use per image."""
+    """The selection variant, and how many visual tokens and high-resolution tiles it may use per image.
+
+    `positions_per_image` replaces the limits of visual tokens by an exact count of positions, see `count_qgsa`.
+    """
 
     selection: str = "before_encoder"
     min_visual_tokens: int = 16
     max_visual_tokens: int = 128
     min_tiles: int = 0
     max_tiles: int = 4
+    positions_per_image: int | None = None
 
     @classmethod
     def of(cls, config, max_image_tokens: int | None = None, **overrides: Any) -> "Budget":
@@ -62,10 +68,19 @@ class Budget:
         Args:
             max_image_tokens: most visual tokens per image; sets the limits that are not overridden, see `limited_to`.
 
-        Raises ValueError if the result is out of range, TypeError for an unknown field.
+        A call that limits visual tokens has no exact count, whatever is configured.
+
+        Raises ValueError if the result is out of range, or both are given, TypeError for an unknown field.
         """
         budget = cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
         given = {name: value for name, value in overrides.items() if value is not None}
+        limits = {"max_image_tokens": max_image_tokens} | given
+        for name in ("max_image_tokens", "min_visual_tokens", "max_visual_tokens"):
+            if limits.get(name) is None:
+                continue
+            if "positions_per_image" in given:
+                raise ValueError(f"positions_per_image ({given['positions_per_image']}): {name} must not be given too")
+            budget = replace(budget, positions_per_image=None)
         if max_image_tokens is not None:
             budget = budget.limited_to(max_image_tokens, config.tokens_per_tile, given)
         budget = replace(budget, **given)
@@ -121,12 +136,16 @@ class Budget:
                 raise ValueError(f"min_{name} ({low}) must be at least {least}")
             if low > high:
                 raise ValueError(f"min_{name} ({low}) must not exceed max_{name} ({high})")
+        count = self.positions_per_image
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+            raise ValueError(f"positions_per_image ({count!r}) must be an integer of at least 1")
 
     @property
     def is_fixed(self) -> bool:
         """Whether it is the same for every question."""
         same_tiles = self.selection == "after_encoder" or self.min_tiles == self.max_tiles
-        return self.min_visual_tokens == self.max_visual_tokens and same_tiles
+        same_tokens = self.positions_per_image is not None or self.min_visual_tokens == self.max_visual_tokens
+        return same_tokens and same_tiles
 
     def resolve(
         self, complexity: torch.Tensor, asked: torch.Tensor | None = None
@@ -155,6 +174,14 @@ def choose_pointer(configured: str, override: str | None = None) -> str:
     return pointer
 
 
+def choose_positions(configured: str, override: str | None = None) -> str:
+    """The position ids of one call: the configured ones, or their `override`. Raises ValueError for unknown ones."""
+    positions = configured if override is None else override
+    if positions not in POSITIONS:
+        raise ValueError(f"positions ({positions!r}): choose from {', '.join(POSITIONS)}")
+    return positions
+
+
 @strict_config
 class QGSAConfig(SmolVLMConfig):
     r"""
@@ -175,6 +202,12 @@ class QGSAConfig(SmolVLMConfig):
         max_visual_tokens (`int`, defaults to 128): most visual tokens kept.
         min_tiles (`int`, defaults to 0): fewest high-resolution tiles encoded, in addition to the global view.
         max_tiles (`int`, defaults to 4): most high-resolution tiles encoded.
+        positions_per_image (`int`, *optional*): the exact number of positions that each image takes in the prompt of
+            the text model, visual tokens and markers together, in place of the limits of visual tokens; fewer only if
+            the global view and `max_tiles` tiles hold fewer. For engines that reserve the positions of an image before
+            it is encoded. The relaxed selection of training has no such count.
+        positions (`str`, defaults to `"original"`): position ids of what is kept: `"original"` are those of the whole
+            prompt, `"compact"` are consecutive, as an engine numbers a prompt.
         pointer (`str`, defaults to `"selector"`): what tells relevant places from others. `"attention"` is the text
             model's own attention to the glance and needs no training, `"selector"` is the trained selector.
             `from_dense` sets `"attention"`.
@@ -238,6 +271,8 @@ class QGSAConfig(SmolVLMConfig):
     max_visual_tokens: int = Budget.max_visual_tokens
     min_tiles: int = Budget.min_tiles
     max_tiles: int = Budget.max_tiles
+    positions_per_image: int | None = Budget.positions_per_image
+    positions: str = "original"
     pointer: str = "selector"
     attention_weights: list[list[float]] | None = None
     attention_temperature: float | int = 1.0
@@ -299,6 +334,7 @@ class QGSAConfig(SmolVLMConfig):
     def validate_budget(self):
         """Check the selection and its budgets; run by `@strict_config` on construction."""
         Budget.of(self)
+        choose_positions(self.positions)
 
     def validate_pointer(self):
         """Check the pointer and what it reads; run by `@strict_config` on construction."""

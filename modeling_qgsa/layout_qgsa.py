@@ -99,6 +99,11 @@ class VisualLayout:
         return torch.arange(len(self.tile_image), device=self.tile_image.device) - first[self.tile_image]
 
     @property
+    def positions_per_tile(self) -> torch.Tensor:
+        """Number of positions of each tile, markers and visual tokens together, `(T,)` int64."""
+        return torch.bincount(self.tile_of_position[self.tile_of_position >= 0], minlength=len(self.tile_row))
+
+    @property
     def tiles_per_sample(self) -> torch.Tensor:
         """Number of tiles of each sample, global views included, `(B,)` int64."""
         return torch.bincount(self.tile_sample, minlength=len(self.tile_of_position))
@@ -227,6 +232,11 @@ def to_images(values: torch.Tensor, layout: VisualLayout, fill: float) -> torch.
     slots = int(slot.max()) + 1 if len(slot) else 0
     rows = values.new_full((len(layout.grids), slots, *values.shape[1:]), fill)
     return rows.index_put((layout.tile_image, slot), values)
+
+
+def sum_per_image(values: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+    """Sum per-tile values, `(T,)`, over the tiles of each image, `(I,)`."""
+    return values.new_zeros(len(layout.grids)).index_add(0, layout.tile_image, values)
 
 
 def to_tiles(rows: torch.Tensor, layout: VisualLayout) -> torch.Tensor:

@@ -5,7 +5,7 @@
     point   read question and glance: relevance, complexity, budget (m, k)
     look    encode the m most relevant tiles
     keep    score the visual tokens of glance and tiles, keep k
-    splice  gather the kept positions, keeping their original position ids
+    splice  gather the kept positions, keeping their original position ids (or `positions="compact"`)
     answer  the stock text model, the stock generate()
 
 `selection="after_encoder"` looks at every tile, `"blocks"` at single blocks of the chosen tiles; `"dense"` hands
@@ -29,6 +29,7 @@ from .calibration_qgsa import calibrate_pointer
 from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
+from .count_qgsa import ExactCount as ExactCount  # older transformers copy what is imported here
 from .crossing_qgsa import VisionBlock, blocks_zero
 from .interaction_qgsa import Interaction, read_layers
 from .layered_cache_qgsa import held_by
@@ -45,7 +46,9 @@ from .request_qgsa import STOCK_NAMES, BaseModelKwargs, ForwardKwargs, Request, 
 from .schedule_qgsa import vision_share
 from .selection_qgsa import (
     QGSASelection,
+    choose_tiles,
     choose_tokens,
+    compact_positions,
     describe_selection,
     positions_to_keep,
     splice,
@@ -54,7 +57,7 @@ from .selection_qgsa import (
 )
 from .selector_qgsa import ComplexityEstimator, QuestionGuidedSelector
 from .tuning_qgsa import tune_encoder
-from .utility_qgsa import tile_utility as tile_utility  # older transformers copy what is imported here
+from .utility_qgsa import tile_utility as tile_utility  # for the same reason
 from .vision_qgsa import embed_dense, encode_chosen_blocks, encode_in_steps, encode_tiles
 
 
@@ -146,9 +149,12 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         given = request.token_scores
         scores = PointedScores(glance) if given is None else GivenScores.of(given, layout)
         complexity = glance.complexity if relaxation is None else relaxation.complexity(glance.complexity)
-        m, k = budget.resolve(complexity, scores.asked)
+        count = request.count if relaxation is None else None
+        m, k = budget.resolve(complexity, scores.asked if count is None else None)
         # look
-        looked = choose_tokens(budget.selection, scores, layout, m, k)
+        chosen = choose_tiles(budget.selection, scores, layout, m if count is None else count.tiles(m))
+        k = k if count is None else count.tokens(chosen, layout)
+        looked = choose_tokens(budget.selection, scores, layout, chosen, k)
         tiles = looked.any(1)
         if relaxation is None:
             features = seen = self.look(glance, request.visual, looked)
@@ -163,10 +169,12 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         if relaxation is not None:
             stays, gates = looked, relaxation.log_gates(token_scores, looked, layout, k)
             spliced.append((gates.to(embeds.dtype), 0.0))
-        keep_of = partial(positions_to_keep, prompt.attention_mask, layout, markers_stay=self.config.keep_tile_markers)
+        marked = self.config.keep_tile_markers if count is None else self.config.keep_tile_markers | chosen
+        keep_of = partial(positions_to_keep, prompt.attention_mask, layout, markers_stay=marked)
         stay = keep_of(stays)
         first = keep_of(looked) if request.prune_layer else stay
         (embeds, mask, positions, *log_gates), held = splice(first, *spliced)
+        positions = positions if request.positions == "original" else compact_positions(mask, prompt)
         schedules = choose_schedules(self, request, glance)
         visual = prompt.input_ids == self.config.image_token_id
         interaction = Interaction.of(schedules, request.prune_layer, first, stay, visual, *log_gates)
@@ -328,7 +336,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             vision_budget: how vision takes part in each layer of the text model, `config.vision_layers` by default, or
                 the share of the layers' work on visual tokens to do, see `schedule_of`.
             interaction: what `generate` hands on of both to its first step.
-            selection, pointer, min_visual_tokens, max_visual_tokens, min_tiles, max_tiles: override the config.
+            selection, pointer, positions, positions_per_image, min_visual_tokens, max_visual_tokens, min_tiles,
+                max_tiles: override the config.
             max_image_tokens: most visual tokens per image, and tiles in proportion; one number in place of the four
                 limits.
 

@@ -185,7 +185,8 @@ def make_pointer(model, kind: str = "selector", request=None) -> Pointer:
     config = model.config
     if kind == "selector":
         return SelectorPointer(model.selector, model.complexity_estimator, config.complexity_quantile)
-    read = (request.prompt, request.layout, request.answer_position, request.budget)
+    budget = request.budget if request.count is None else request.count.limits(request.budget)
+    read = (request.prompt, request.layout, request.answer_position, budget)
     return AttentionPointer(model.text_model, config, *read)
 
 

@@ -18,8 +18,9 @@ from .layout_qgsa import VisualLayout, covered_by
 
 logger = logging.get_logger(__name__)
 NO_QUESTION = (
-    'a prompt has no question about its image, so that every visual token is kept, as with selection="dense". To '
-    "select, ask something, mark the question with question_mask, or set the labels of the question to -100"
+    'a prompt has no question about its image, so that every visual token is kept, as with selection="dense" (with '
+    "positions_per_image: as many as that allows, by the whole prompt). To select, ask something, mark the question "
+    "with question_mask, or set the labels of the question to -100"
 )
 QUESTION, ANSWER = "QUESTION", "ANSWER"  # what stands around them in a rendered template is the template's own
 

@@ -10,7 +10,8 @@ from transformers.utils import TransformersKwargs
 
 from .cache_qgsa import Past
 from .compat_qgsa import encoded_images, tile_features
-from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer
+from .configuration_qgsa import Budget, LimitKwargs, QGSAConfig, choose_pointer, choose_positions
+from .count_qgsa import ExactCount
 from .interaction_qgsa import check_prune_layer
 from .layered_cache_qgsa import held_by
 from .layout_qgsa import VisualLayout
@@ -31,6 +32,7 @@ class BaseModelKwargs(LimitKwargs, total=False):
     visual_cache: Any
     gumbel_temperature: float | None
     pointer: str | None
+    positions: str | None
     prune_layer: int | None
     selection: str | None
     vision_budget: float | str | list[str] | None
@@ -39,6 +41,7 @@ class BaseModelKwargs(LimitKwargs, total=False):
 class ForwardKwargs(TransformersKwargs, LimitKwargs, total=False):
     """Keyword arguments of `forward` that the model with a language head does not name itself."""
 
+    positions: str | None
     shift_labels: torch.Tensor | None
 
 
@@ -212,6 +215,7 @@ class Request:
     Args:
         budget: the configured budget with the overrides of this call.
         pointer: the configured pointer, or that of this call.
+        positions: the configured position ids of what is kept, or those of this call.
         stock: inputs that the stock model takes, as given.
         visual: visual inputs.
         token_scores: `(B, N)`, scores of all visual tokens that replace the pointer's.
@@ -222,6 +226,7 @@ class Request:
         gumbel_temperature: temperature of the relaxed selection in training.
         prompt: the text side, checked; None, like the next two, if nothing is selected.
         layout: places of the visual tokens in the prompt.
+        count: the positions that each image takes; None if their number depends on the question.
         question_mask: `(I, L)` bool, the question about each image.
         answer_position: `(I,)` int64, the position that predicts the first token of its answer.
         past: the conversation before this prompt.
@@ -230,6 +235,7 @@ class Request:
 
     budget: Budget
     pointer: str
+    positions: str
     stock: dict[str, Any]
     visual: VisualInputs
     token_scores: torch.Tensor | None
@@ -239,6 +245,7 @@ class Request:
     gumbel_temperature: float
     prompt: Prompt | None = None
     layout: VisualLayout | None = None
+    count: ExactCount | None = None
     question_mask: torch.Tensor | None = None
     answer_position: torch.Tensor | None = None
     past: Past = field(default_factory=partial(Past.of, None, None))
@@ -269,7 +276,7 @@ class Request:
         )
         if budget.selection == "dense":
             visual.check_dense()
-            for name in ("prune_layer", "vision_budget"):
+            for name in ("prune_layer", "vision_budget", "positions", "positions_per_image"):
                 if given[name] is not None:
                     raise ValueError(f'{name} ({given[name]}): not available with selection="dense", the stock model')
         elif encoded:
@@ -278,6 +285,7 @@ class Request:
         request = cls(
             budget=budget,
             pointer=choose_pointer(config.pointer, given["pointer"]),
+            positions=choose_positions(config.positions, given["positions"]),
             stock={name: given[name] for name in STOCK_NAMES} | encoded,
             visual=visual,
             token_scores=given["visual_token_scores"],
@@ -309,6 +317,7 @@ class Request:
             request,
             prompt=prompt,
             layout=layout,
+            count=ExactCount.of(budget, layout, config.keep_tile_markers),
             question_mask=question,
             answer_position=answer,
             past=past,
@@ -341,6 +350,8 @@ class Request:
         tiles = int(self.layout.grids.prod(1).max())
         every_tile = self.budget.selection == "after_encoder" or self.budget.min_tiles >= tiles
         whole = self.budget.selection != "blocks"
+        if self.count is not None:
+            return whole and self.count.is_whole
         return whole and every_tile and self.budget.min_visual_tokens >= (1 + tiles) * self.layout.tokens_per_tile
 
     @property

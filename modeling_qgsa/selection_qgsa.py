@@ -86,21 +86,29 @@ def top_k_per_image(
     return rank_per_image(keep_top_k, scores, candidates, layout, k)
 
 
-def choose_tokens(selection: str, scores, layout: VisualLayout, m: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The visual tokens to look at, `(T, P)` bool: those of the global views and of the chosen tiles.
-
-    "after_encoder" takes all tiles, the others the `m` best of each image; "blocks" takes only the `k` best tokens of
-    those tiles.
+def choose_tiles(selection: str, scores, layout: VisualLayout, m: torch.Tensor) -> torch.Tensor:
+    """The tiles to look at, `(T,)` bool: the global views, and the `m` best of each image; for "after_encoder" all.
 
     Args:
         selection: a variant other than "dense".
         scores: scores of tiles and of tokens, before any tile is encoded; see `pointer_qgsa`.
-        m, k: `(I,)` int64.
+        m: `(I,)` int64.
+    """
+    if selection == "after_encoder":
+        return torch.ones_like(layout.is_global)
+    return top_k_per_image(scores.of_tiles(), ~layout.is_global, layout, m) | layout.is_global
+
+
+def choose_tokens(selection: str, scores, layout: VisualLayout, tiles: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The visual tokens to look at, `(T, P)` bool: those of the chosen `tiles`, `(T,)` bool.
+
+    "blocks" takes only the `k` best tokens of the tiles that are no global views.
+
+    Args:
+        selection, scores: as in `choose_tiles`.
+        k: `(I,)` int64.
     """
     is_global = layout.is_global
-    tiles = torch.ones_like(is_global)
-    if selection != "after_encoder":
-        tiles = top_k_per_image(scores.of_tiles(), ~is_global, layout, m) | is_global
     looked = tiles[:, None].expand(-1, layout.tokens_per_tile)
     if selection != "blocks":
         return looked
@@ -116,7 +124,7 @@ def spread(values: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def positions_to_keep(
-    attention_mask: torch.Tensor, layout: VisualLayout, kept: torch.Tensor, markers_stay: bool = False
+    attention_mask: torch.Tensor, layout: VisualLayout, kept: torch.Tensor, markers_stay: bool | torch.Tensor = False
 ) -> torch.Tensor:
     """Positions of the prompt to keep, `(B, L)` bool, given the visual tokens `kept` `(T, P)`.
 
@@ -124,7 +132,7 @@ def positions_to_keep(
     the image.
 
     Args:
-        markers_stay: whether the markers of every tile stay, see `config.keep_tile_markers`.
+        markers_stay: whether the markers of every tile stay, see `config.keep_tile_markers`; or of which, `(T,)` bool.
     """
     marked = kept.any(1) | layout.is_global | markers_stay
     keep = torch.where(layout.tile_of_position < 0, True, marked[layout.tile_of_position])
@@ -153,6 +161,18 @@ def splice(keep: torch.Tensor, *tensors: tuple[torch.Tensor, float]) -> tuple[li
         out = tensor.new_full((len(keep), length, *tensor.shape[2:]), fill)
         taken.append(out.index_put((sample, column), tensor[sample, position]))
     return taken, keep_indices
+
+
+def compact_positions(attention_mask: torch.Tensor, prompt) -> torch.Tensor:
+    """Position ids of a spliced prompt without gaps, as any engine numbers them, `(B, L')` int64; 0 in the padding.
+
+    Args:
+        attention_mask: `(B, L')`, that of the spliced prompt.
+        prompt: the whole [`Prompt`], whose first position id is that of the spliced one, too.
+    """
+    last = torch.iinfo(prompt.position_ids.dtype).max
+    first = prompt.position_ids.masked_fill(prompt.attention_mask == 0, last).amin(1, keepdim=True)
+    return (first + attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
 
 
 def describe_selection(

@@ -20,7 +20,8 @@ CONSTRAINTS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_
 def test_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     (newest, *_) = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert modeling_qgsa.__version__ == citation["version"] == newest
+    plugin = tomllib.loads((ROOT / "hub_cards" / "qgsa_vllm" / "pyproject.toml").read_text())["project"]["version"]
+    assert modeling_qgsa.__version__ == plugin == citation["version"] == newest
 
 
 def test_the_changelog_links_every_version():

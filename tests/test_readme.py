@@ -274,4 +274,4 @@ def test_the_commands_parse(page):
                 ["pip", "install", "./qgsa-smolvlm"],
             )
         else:
-            assert program in ("hf", "lm_eval"), line
+            assert program in ("hf", "lm_eval", ".venv-vllm/bin/python"), line

@@ -157,6 +157,8 @@ def changed(tmp_path, **fields):
         ({}, ["int4"], r"onnx_variants \('int4'\): choose from fp32, fp16, int8, q4"),
         ({}, [], r"onnx_variants \(''\): choose from"),
         ({"vision_layers": ["cross"] * 6}, ["fp32"], "in the graphs all layers are full"),
+        ({"positions_per_image": 40}, ["fp32"], "its runtime has neither exact counts nor compact positions"),
+        ({"positions": "compact"}, ["fp32"], "its runtime has neither exact counts nor compact positions"),
         ({"vision_schedules": ["CCCCCC", "FFFFFF"], "vision_policy": True}, ["fp32"], "in the graphs all layers"),
     ],
 )

@@ -126,6 +126,9 @@ def test_overrides_replace_what_is_configured_and_none_does_not(config):
         ({"min_tiles": 9}, "min_tiles (9) must not exceed max_tiles (4)"),
         ({"max_visual_tokens": 7}, "min_visual_tokens (8) must not exceed max_visual_tokens (7)"),
         ({"min_visual_tokens": -3}, "min_visual_tokens (-3)"),
+        ({"positions_per_image": 0}, "positions_per_image (0) must be an integer of at least 1"),
+        ({"positions_per_image": 9.0}, "positions_per_image (9.0) must be an integer"),
+        ({"positions_per_image": 64, "max_visual_tokens": 9}, "positions_per_image (64): max_visual_tokens must not"),
     ],
 )
 def test_an_override_out_of_range_is_named(config, overrides, message):
@@ -190,6 +193,16 @@ def test_one_number_lowers_the_configured_minima(config):
 def test_one_number_out_of_range_or_against_others_is_named(number, overrides, message, config):
     with pytest.raises(ValueError, match=re.escape(message)):
         Budget.of(config, number, **overrides)
+
+
+def test_a_call_that_limits_visual_tokens_has_no_exact_count(config):
+    config.positions_per_image = 64
+    assert Budget.of(config).positions_per_image == Budget.of(config, max_tiles=2).positions_per_image == 64
+    assert Budget.of(config, positions_per_image=48).positions_per_image == 48
+    assert Budget.of(config, min_visual_tokens=16).positions_per_image is None
+    assert Budget.of(config, 32).positions_per_image is None
+    with pytest.raises(ValueError, match=r"positions_per_image \(48\): max_image_tokens must not be given too"):
+        Budget.of(config, 32, positions_per_image=48)
 
 
 def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):

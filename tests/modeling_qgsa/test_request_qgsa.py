@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_qgsa import QGSAConfig
-from modeling_qgsa.configuration_qgsa import Budget
+from modeling_qgsa.configuration_qgsa import Budget, LimitKwargs
 from modeling_qgsa.request_qgsa import REQUEST_NAMES, STOCK_NAMES, Request
 
 
@@ -92,8 +92,8 @@ def test_there_is_nothing_to_select_without_images(model, prepare):
 
 def test_upstream_finds_every_input_in_the_signature(model):
     """Trainer drops the columns of a data set that `forward` does not name, and `generate` refuses such arguments."""
-    limits = {"min_visual_tokens", "max_visual_tokens", "min_tiles", "max_tiles", "max_image_tokens"}
-    assert set(REQUEST_NAMES) - limits <= set(inspect.signature(model.forward).parameters)
+    own = set(LimitKwargs.__annotations__) | {"positions"}
+    assert set(REQUEST_NAMES) - own <= set(inspect.signature(model.forward).parameters)
     assert set(STOCK_NAMES) <= set(inspect.signature(model.model.forward).parameters)
 
 

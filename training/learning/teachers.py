@@ -11,7 +11,7 @@ from modeling_qgsa.attention_qgsa import attention_of_rows
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.pointer_qgsa import Glance, PointedScores
 from modeling_qgsa.prompt_qgsa import Prompt
-from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep, splice, top_k_per_image
+from modeling_qgsa.selection_qgsa import choose_tiles, choose_tokens, positions_to_keep, splice, top_k_per_image
 from modeling_qgsa.utility_qgsa import read_answers
 
 
@@ -27,7 +27,8 @@ def hard_positions(model, glance: Glance, scores: torch.Tensor, prompt: Prompt, 
     """
     m, k = budget.resolve(complexity)
     pointed = PointedScores(glance)
-    looked = choose_tokens(budget.selection, pointed, glance.layout, m, k)
+    tiles = choose_tiles(budget.selection, pointed, glance.layout, m)
+    looked = choose_tokens(budget.selection, pointed, glance.layout, tiles, k)
     kept = top_k_per_image(scores, looked, glance.layout, k)
     return positions_to_keep(prompt.attention_mask, glance.layout, kept, model.config.keep_tile_markers)
 

@@ -10,7 +10,7 @@ from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
 from modeling_qgsa.pointer_qgsa import PointedScores
 from modeling_qgsa.request_qgsa import Request
 from modeling_qgsa.schedule_qgsa import parse_schedule
-from modeling_qgsa.selection_qgsa import choose_tokens, positions_to_keep
+from modeling_qgsa.selection_qgsa import choose_tiles, choose_tokens, positions_to_keep
 from training.costs.counter import count_flops
 from training.costs.formula import (
     answer_table,
@@ -74,8 +74,9 @@ def test_blocks(model, inputs):
     selection = model.select(**inputs, **options)
     with torch.no_grad():
         glance = model.model.glance_and_point(Request.take(model.config, dict(inputs)))
-        scores, budget = PointedScores(glance), (torch.tensor([2]), torch.tensor([20]))
-        counts = choose_tokens("blocks", scores, glance.layout, *budget).sum(1).tolist()
+        scores = PointedScores(glance)
+        tiles = choose_tiles("blocks", scores, glance.layout, torch.tensor([2]))
+        counts = choose_tokens("blocks", scores, glance.layout, tiles, torch.tensor([20])).sum(1).tolist()
     whole, parts = counts.count(16), tuple(count for count in counts if 0 < count < 16)
     assert parts and whole + len(parts) == 1 + int(selection.tiles)
     length, question = selection.keep_indices.shape[1], int(inputs["question_mask"].sum())

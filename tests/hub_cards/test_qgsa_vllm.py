@@ -1,0 +1,236 @@
+"""The plugin for vLLM: rows as announced, and the answers of `generate`."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from qgsa_vllm.selecting import (
+    AskedImage,
+    budget_of,
+    check_servable,
+    count_positions,
+    embed_images,
+    image_ids,
+    left_padded,
+    prompt_about,
+)
+
+from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.vision_qgsa import VisualCache
+from training.data.cards import Cards
+
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "hub_cards" / "tiny-qgsa"
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
+NEW, COUNT = 8, 40
+
+
+# What the plugin does with our model, without vLLM
+
+
+def asked(processor, config, question, images, limits=(50, 0, 4)):
+    """The images of one request as the plugin passes them on, and the prompt as vLLM makes it."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    ids = processor.tokenizer(text)["input_ids"]
+    options = dict(zip(("positions_per_image", "min_tiles", "max_tiles"), limits))
+    found, prompt, rest = [], [], iter(images)
+    for each in ids:
+        if each != config.image_token_id:
+            prompt.append(each)
+            continue
+        image = next(rest)
+        _, rows, columns = processor.image_processor.get_number_of_image_patches(image.height, image.width, {})
+        block = image_ids(processor, rows, columns)
+        prompt += [each] * count_positions(config, budget_of(config, options, block), block)
+        inputs = processor.image_processor([image], return_tensors="pt")
+        about = torch.tensor(prompt_about(ids, block, config.image_token_id))
+        found.append(AskedImage(about, inputs["pixel_values"][0], inputs["pixel_attention_mask"][0], limits))
+    return found, prompt
+
+
+@pytest.fixture(scope="module")
+def requests(processor, model, samples, make_image):
+    rows = [*samples, ("where is it?", [make_image(1, 256, 64), make_image(2, 64, 128)])]
+    limits = [(50, 0, 4), (50, 0, 4), (30, 1, 2), (60, 2, 3)]
+    return [asked(processor, model.config, *row, limit) for row, limit in zip(rows, limits)]
+
+
+def test_as_many_rows_as_announced(model, requests):
+    images = [image for found, _ in requests for image in found]
+    rows = embed_images(model.model, images)
+    announced = [prompt.count(model.config.image_token_id) for _, prompt in requests]
+    assert [*map(len, rows[:3]), len(rows[3]) + len(rows[4])] == announced
+    for image, row in zip(images, rows):  # in a batch and alone
+        assert torch.allclose(embed_images(model.model, [image])[0], row, atol=1e-5)
+
+
+def test_a_cache_changes_nothing_but_the_work(model, requests, tiles_encoded):
+    images, cache = requests[0][0], VisualCache()
+    expected = embed_images(model.model, images)[0]
+    with tiles_encoded(model) as counts:
+        for _ in range(2):
+            assert torch.allclose(embed_images(model.model, images, cache)[0], expected, atol=1e-5)
+    assert sum(counts) == len(cache)
+
+
+def test_an_engine_answers_as_generate_does(model, processor, prepare, samples, requests):
+    """Words and rows in one prompt, numbered from 0 on, through the text model alone."""
+    for sample, (images, prompt), limits in zip(samples, requests, [(50, 0, 4), (50, 0, 4), (30, 1, 2)]):
+        ids = torch.tensor([prompt])
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == model.config.image_token_id] = torch.cat(embed_images(model.model, images))
+        found = model.generate(inputs_embeds=embeds, max_new_tokens=NEW)[0, -NEW:]
+        options = {"positions_per_image": limits[0], "min_tiles": limits[1], "max_tiles": limits[2]}
+        expected = model.generate(**prepare(sample), **options, positions="compact", max_new_tokens=NEW)
+        assert torch.equal(found, expected[0, -NEW:])
+
+
+def test_the_prompt_about_one_image():
+    assert prompt_about([1, 9, 5, 9, 6], [7, 7], 9) == [1, 7, 7, 5, 6]
+    assert prompt_about([], [7], 9) == [7]
+    assert left_padded([torch.tensor([1, 2, 3]), torch.tensor([4])], 0).tolist() == [[1, 2, 3], [0, 0, 4]]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"selection": "dense"}, r'selection \("dense"\) selects nothing: export a plain model'),
+        ({"vision_layers": ["full", "text"]}, r"vision_layers \(full, text\): vLLM's layers see everything"),
+        ({"vision_policy": True, "vision_schedules": ["FT", "FF"]}, r"vision_policy \(True\)"),
+    ],
+)
+def test_what_vllm_would_serve_otherwise_is_refused(fields, message, model):
+    with pytest.raises(ValueError, match=message):
+        check_servable(QGSAConfig.from_dict(model.config.to_dict() | fields))
+
+
+@pytest.mark.parametrize("grid, stay, count", [((4, 4), 0, 64), ((4, 4), 1, 88), ((0, 0), 0, 19), ((1, 2), 0, 57)])
+def test_the_default_count_has_room_for_all_limits(grid, stay, count, model, processor):
+    """48 visual tokens, and the markers of 4 tiles with the line ends that they may own, or of all tiles."""
+    config = QGSAConfig.from_dict(model.config.to_dict() | {"keep_tile_markers": bool(stay)})
+    block = image_ids(processor, *grid)
+    budget = budget_of(config, {}, block)
+    assert budget.positions_per_image == count_positions(config, budget, block) == count
+    assert budget_of(config, {"positions_per_image": 24}, block).positions_per_image == 24
+
+
+# vLLM itself
+
+
+def part(image: Image.Image) -> dict:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def conversation(question: str, *images: Image.Image) -> list[dict]:
+    return [{"role": "user", "content": [*map(part, images), {"type": "text", "text": question}]}]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A copy of the trained checkpoint with an exact count, and our model and processor for it."""
+    folder = tmp_path_factory.mktemp("served") / "tiny-qgsa"
+    folder.mkdir()
+    for path in CHECKPOINT.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"positions_per_image": COUNT, "positions": "compact"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, QGSASmolVLMForConditionalGeneration.from_pretrained(folder), QGSAProcessor.from_pretrained(folder)
+
+
+def generated(served, question, images, **options) -> str:
+    _, model, processor = served
+    content = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def results(served):
+    """Results of vLLM, by the name of the call."""
+    if not VLLM.exists():
+        pytest.skip("vLLM is not set up: make vllm")
+    cards = [Cards("validation", 16)[number] for number in range(16)]
+    image, other = cards[0]["image"], cards[1]["image"]
+    calls = {
+        "batch": {"conversations": [conversation(each["question"], each["image"]) for each in cards]},
+        "alone": {"conversations": [conversation(cards[0]["question"], image)]},
+        "question": {"conversations": [conversation("how many cards are there?", image)]},
+        "text": {"conversations": [conversation("how many cards are there?")]},
+        "two images": {"conversations": [conversation("how many cards are there?", image, other)]},
+        "limits": {
+            "conversations": [conversation("what shape is on the red card?", image)],
+            "mm_processor_kwargs": {"positions_per_image": 24, "max_tiles": 1},
+        },
+        "no room": {
+            "conversations": [conversation("where is it?", image)],
+            "mm_processor_kwargs": {"positions_per_image": 3},
+        },
+        "no number": {
+            "conversations": [conversation("where is it?", image)],
+            "mm_processor_kwargs": {"max_tiles": "two"},
+        },
+    }
+    command = [VLLM, Path(__file__).with_name("vllm_answers.py"), served[0]]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    given = json.dumps(list(calls.values()))
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(calls, json.loads(done.stdout))), cards
+
+
+def test_vllm_answers_a_batch_as_generate_does(served, results):
+    found, cards = results
+    assert found["batch"]["answers"] == [generated(served, each["question"], [each["image"]]) for each in cards]
+
+
+def test_vllm_answers_one_request_as_in_a_batch(served, results):
+    found, cards = results
+    assert found["alone"]["answers"] == found["batch"]["answers"][:1]
+
+
+def test_another_question_about_an_image_selects_anew(served, results):
+    found, cards = results
+    assert found["question"]["answers"] == [generated(served, "how many cards are there?", [cards[0]["image"]])]
+    assert found["question"]["tiles"], "the image is another item for another question"
+
+
+def test_vllm_answers_text_alone(served, results):
+    found, _ = results
+    assert found["text"]["answers"] == [generated(served, "how many cards are there?", [])]
+    assert found["text"]["tiles"] == []
+
+
+def test_two_images_take_twice_the_positions(served, results):
+    found, cards = results
+    question, images = "how many cards are there?", [each["image"] for each in cards[:2]]
+    assert found["two images"]["answers"] == [generated(served, question, images)]
+    text, one, two = (found[name]["positions"][0] for name in ("text", "question", "two images"))
+    assert two - one == COUNT and one >= text + COUNT - 1
+
+
+def test_limits_of_a_request(served, results):
+    found, cards = results
+    options = {"positions_per_image": 24, "max_tiles": 1}
+    assert found["limits"]["answers"] == [
+        generated(served, "what shape is on the red card?", [cards[0]["image"]], **options)
+    ]
+    assert sum(found["limits"]["tiles"]) <= 2
+
+
+def test_bad_limits_are_named_in_one_line(results):
+    found, _ = results
+    assert found["no room"]["error"].startswith("positions_per_image (3) leaves no room for visual tokens")
+    assert found["no number"]["error"] == "max_tiles ('two') must be an integer of at most 2147483647"
