@@ -1,4 +1,4 @@
-.PHONY: help install environments upstream vllm demo test slow quality style clean
+.PHONY: help install environments engines upstream vllm demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -24,6 +24,29 @@ environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other 
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	    > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/qgsa.pth"
 	.venv-$*/bin/python -m pip install --quiet transformers==$*
+	touch $@
+
+engines: outputs/engine_files/256m/done outputs/engine_files/500m/done  ## set up the other engines that training/studies/engines.py times
+
+# The versions with which optimum-intel exports these architectures; torch comes from .venv.
+.venv-engines/installed: .venv/installed
+	$(PYTHON) -m venv .venv-engines
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$(.venv-engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/qgsa.pth"
+	.venv-engines/bin/python -m pip install --quiet optimum-intel==2.2.0 openvino==2026.4.1 transformers==4.57.6 \
+	    'datasets<5'
+	touch $@
+
+CHECKPOINTS ?= ../shared/checkpoints
+EXPORT = $(BIN)/python hub_cards/export.py --model $(CHECKPOINTS)/smolvlm-$*-instruct --random_weights true
+OPENVINO = .venv-engines/bin/optimum-cli export openvino --model $(@D)/plain --task image-text-to-text
+
+outputs/engine_files/%/done: .venv-engines/installed
+	rm -rf $(@D)
+	$(EXPORT) --format onnx --output_dir $(@D)/onnx
+	$(EXPORT) --format idefics3 --output_dir $(@D)/plain
+	$(OPENVINO) --weight-format fp32 $(@D)/openvino-fp32
+	$(OPENVINO) --weight-format int8 $(@D)/openvino-int8
 	touch $@
 
 upstream: .upstream/fetched  ## fetch transformers' own tests, which tests/upstream runs on our classes

@@ -35,6 +35,7 @@ from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adap
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.depth import DepthArguments, format_depth
 from training.studies.depth_speed import DepthSpeedArguments, format_depth_speed, format_questions
+from training.studies.engines import EnginesArguments
 from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
@@ -230,6 +231,7 @@ PARSERS = {
     "hub_cards/serve_load.py": serve_load.LoadArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
+    "training/studies/engines.py": EnginesArguments,
     "training/studies/guided_speed.py": GuidedSpeedArguments,
     "training/studies/depth.py": DepthArguments,
     "training/studies/depth_speed.py": DepthSpeedArguments,

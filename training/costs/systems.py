@@ -58,6 +58,7 @@ SYSTEMS = {
     "dense-native-size": Timed("stock", edge="native"),
     "dense-half-resolution": Timed("stock", edge="half"),
     "dense-global-only": Timed("stock", split=False),
+    "dense-global-only-fast": Timed("fast", split=False),
     **{name: Timed("fast", method.selection, method=name) for name, method in METHODS.items()},
     "qgsa-after-encoder": Timed("fast", "after_encoder"),
     "qgsa-float32": Timed("plain", "before_encoder"),

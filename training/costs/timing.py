@@ -71,13 +71,13 @@ class Runner:
         self.model = models[self.system.model]
         self.processor = processors["stock" if self.system.selection == "dense" else "ours"]
 
-    def process(self, images: list[Image.Image], edge: int) -> dict:
+    def process(self, images: list[Image.Image], edge: int, question: str = QUESTION) -> dict:
         """The inputs of `generate` for a question about each image, its longest edge scaled to `edge` px."""
         if self.system.edge == "half":
             edge //= 2
         if self.system.edge == "native":
             edge = min(edge, max(max(image.size) for image in images))
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         options = {"lazy_tiles": True} if self.system.lazy else {}
         inputs = self.processor(
@@ -133,6 +133,16 @@ class Runner:
         if self.system.method is not None:
             description["flops"] = self.count(inputs)
         return seconds, description
+
+    def warm_up(self, images: list[Image.Image], edge: int) -> int:
+        """Answer once small and once at full size; returns the peak memory of the latter in bytes."""
+        self.generate(self.process(images, edge // 4))
+        return peak_memory(self.model.device, lambda: self.generate(self.process(images, edge)))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in bytes."""
+        return weight_bytes(self.model)
 
     def count(self, inputs: dict) -> dict[str, float]:
         """Counted FLOPs per question: the formula does not know how much a selection method spends on choosing."""
@@ -215,12 +225,7 @@ def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]
     seconds, descriptions, memory = ({runner.name: [] for runner in runners} for _ in range(3))
     with tqdm(total=(len(batches) + 1) * len(runners), desc=f"{edge} px") as progress:
         for runner in runners:
-
-            def answer(edge, runner=runner):
-                runner.generate(runner.process(batches[0], edge))
-
-            answer(edge // 4)
-            memory[runner.name] = peak_memory(runner.model.device, partial(answer, edge))
+            memory[runner.name] = runner.warm_up(batches[0], edge)
             progress.update()
         for batch in batches:
             for runner in runners:
@@ -237,9 +242,11 @@ def measure(runners: list[Runner], batches: list[list], edge: int) -> list[dict]
 def row_of(
     runner: Runner, edge: int, batch_size: int, seconds: list[dict], descriptions: list[dict], memory: int
 ) -> dict:
-    """One row: medians of the seconds over the batches, and means of the descriptions, per question."""
+    """One row: medians of the seconds over the batches, of all parts that are known, and means of the descriptions,
+    per question.
+    """
     totals = sorted(spent["total"] / batch_size for spent in seconds)
-    first = descriptions[0]
+    first, known = descriptions[0], [part for part in PARTS if part in seconds[0]]
     mean = {key: sum(each[key] for each in descriptions) / len(descriptions) for key in first if key != "flops"}
     flops = {part: sum(each["flops"][part] for each in descriptions) / len(descriptions) for part in first["flops"]}
     return {
@@ -247,12 +254,12 @@ def row_of(
         "longest_edge": edge,
         **mean,
         "flops": flops,
-        "seconds": {part: median(spent[part] / batch_size for spent in seconds) for part in PARTS},
+        "seconds": {part: median(spent[part] / batch_size for spent in seconds) for part in known},
         "seconds_median": median(totals),
         "seconds_range": [totals[0], totals[-1]],
         "questions_per_second": 1 / median(totals),
         "memory_bytes": memory,
-        "weight_bytes": weight_bytes(runner.model),
+        "weight_bytes": runner.weight_bytes,
     }
 
 

@@ -1,0 +1,102 @@
+"""Engines beside each other, on the tiny model; the one beside torch is made up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.studies import engines
+from training.studies.engines import ENGINES, Engine, EnginesArguments, format_engines, time_architecture
+
+
+ROOT = Path(__file__).parents[3]
+MADE_UP = """
+from training.engines.protocol import serve
+
+def load(folder, threads):
+    def answer(image, question, system, tiles, tokens, new_tokens):
+        assert (tiles, tokens, new_tokens, threads) == (2, 17, 3, "1"), (tiles, tokens, new_tokens, threads)
+        return {"vision": 0.5, "total": 2.0}
+
+    return answer, {"version": "made-up 1", "weight_bytes": 1000}
+
+serve(load)
+"""
+BESIDE = {
+    "made-up-int4": Engine("made_up", "made-up", apart=False),
+    "fails-int8": Engine("missing", "made-up", systems=("dense",), apart=False),
+    "absent-int8": Engine("made_up", "nothing", systems=("qgsa",), apart=False),
+    "apart-float32": Engine("made_up", "made-up", systems=("dense",)),
+}
+
+
+@pytest.fixture
+def given(tmp_path, make_image, monkeypatch):
+    """Options of a run on the tiny model, with engines that answer, fail and are missing."""
+    for folder in ("images", "files/tiny/made-up", "output"):
+        (tmp_path / folder).mkdir(parents=True)
+    for seed in range(2):
+        make_image(seed).save(tmp_path / "images" / f"{seed}.png")
+    (tmp_path / "smolvlm-tiny-instruct").symlink_to(ROOT / "hub_cards" / "tiny-dense")
+    (tmp_path / "files" / "tiny" / "made-up" / "made_up.py").write_text(MADE_UP)
+    monkeypatch.setattr(engines, "ENGINES", BESIDE)
+    return {
+        "architectures": ["tiny"],
+        "systems": ["dense", "qgsa"],
+        "engines": list(BESIDE),
+        "checkpoints": str(tmp_path),
+        "images": str(tmp_path / "images"),
+        "engine_files": str(tmp_path / "files"),
+        "engine_python": str(tmp_path / ".venv" / "bin" / "python"),
+        "repeats": 2,
+        "questions": 3,
+        "new_tokens": 3,
+        "output_dir": str(tmp_path / "output"),
+    }
+
+
+def test_all_engines_take_turns_and_missing_ones_say_why(given):
+    rows = time_architecture(EnginesArguments(**given), "tiny")
+    dense, qgsa, other, *skipped = rows
+    assert [row["system"] for row in rows] == ["dense", "qgsa", "dense", "dense", "qgsa", "dense"]
+    assert dense["engine"].startswith("torch ") and dense["speedup_vs_dense"] == 1
+    assert (other["engine"], other["precision"], other["weight_bytes"]) == ("made-up 1", "int4", 1000)
+    assert other["seconds"] == {"vision": 0.5} and other["seconds_median"] == 2 and other["flops"] == dense["flops"]
+    assert qgsa["seconds_later"] < dense["seconds_median"] and "seconds_later" not in dense
+    reasons = [row["skipped"] for row in skipped]
+    assert "No module named missing" in reasons[0]
+    assert reasons[1:] == ["no files: run make engines", "no environment: run make engines"]
+    table = format_engines(rows, "tiny").splitlines()
+    assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
+    assert "| dense | made-up 1 | int4 | – | 0.50 | – | – | 2.00 [2.00, 2.00] |" in table[4]
+    assert table[6].startswith("| qgsa | absent | int8 | – ") and reasons[1] in table[6]
+    assert format_engines(rows, "256m").count("\n") == 1
+
+
+def test_the_systems_of_every_engine_are_timed_in_torch_too():
+    for engine in ENGINES.values():
+        assert set(engine.systems) <= set(engines.SYSTEMS)
+        assert (ROOT / f"{engine.worker.replace('.', '/')}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        ({"architectures": ["8b"]}, r"architectures \(8b\): .*smolvlm-8b-instruct is not a folder"),
+        ({"systems": ["dens"]}, r"systems \(dens\): unknown; choose from dense"),
+        ({"engines": ["tensorrt"]}, r"engines \(tensorrt\): unknown; choose from made-up-int4"),
+        ({"repeats": 0}, r"repeats \(0\): must be at least 1"),
+        ({"questions": 1}, r"questions \(1\): must be at least 2"),
+    ],
+)
+def test_bad_options(given, fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        EnginesArguments(**given | fields)
+
+
+def test_an_error_is_one_line(tmp_path):
+    command = [sys.executable, "training/studies/engines.py", "--engines", "tensorrt"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: engines (tensorrt): unknown")
+    assert len(ended.stderr.splitlines()) == 1

@@ -1,0 +1,1 @@
+"""Other inference engines, each in a process of its own that answers requests line by line."""

@@ -1,0 +1,316 @@
+"""What would a user run instead on a CPU? Seconds of other engines, and of the thumbnail alone, beside ours.
+
+    make engines
+    python training/studies/engines.py --architectures 256m --output_dir outputs/engines
+
+Random weights of the published architectures, the images of their processors (2048 px), one run in which all systems
+take turns image by image: torch in this process, ONNX Runtime and OpenVINO each in one of its own, with as many
+threads. `make engines` sets up their environment and files. An engine that is missing is skipped, and its rows
+say why. Writes `speed_engines_cpu.json` and prints a table per architecture.
+
+Further questions about an image are timed for the systems of ours that reuse its encoded tiles (`VisualCache`).
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import Idefics3Processor
+
+from modeling_qgsa import QGSAProcessor, VisualCache
+from modeling_qgsa.tuning_qgsa import name_of
+from training.cli.arguments import errors_in_one_line, parse
+from training.costs.meter import PARTS, keep_freed_memory, now
+from training.costs.speed_report import add_speedups
+from training.costs.systems import build_models, present_systems
+from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
+from training.costs.tuning import tune
+from training.engines.protocol import ROOT, EngineError, Worker
+from training.evaluation.report import write_results
+
+
+SHARED = ROOT.parent / "shared"
+CPU = torch.device("cpu")
+NAME = "speed_engines_cpu"
+SYSTEMS = (
+    "dense",
+    "dense-fast",
+    "dense-global-only",
+    "dense-global-only-fast",
+    "qgsa-attention",
+    "qgsa",
+    "qgsa-blocks",
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine beside torch.
+
+    Args:
+        worker: module that runs it.
+        folder: folder of its files, below that of the architecture.
+        arguments: command line of the worker between that folder and the number of threads.
+        systems: systems that it runs.
+        apart: whether it needs the environment of `make engines`.
+    """
+
+    worker: str
+    folder: str
+    arguments: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ("dense", "dense-global-only")
+    apart: bool = True
+
+
+ENGINES = {
+    **{
+        f"onnxruntime-{name}": Engine(
+            "training.engines.onnx_worker",
+            "onnx",
+            (variant,),
+            ("dense", "dense-global-only", "qgsa-attention"),
+            apart=False,
+        )
+        for name, variant in (("float32", "fp32"), ("int8", "int8"))
+    },
+    "openvino-float32": Engine("training.engines.openvino_worker", "openvino-fp32"),
+    "openvino-int8": Engine("training.engines.openvino_worker", "openvino-int8"),
+}
+
+
+@dataclass
+class EnginesArguments:
+    """The engines, and the work."""
+
+    architectures: list[str] = field(
+        default_factory=lambda: ["256m", "500m"], metadata={"help": "Sizes of SmolVLM, one after another."}
+    )
+    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Systems to time in torch."})
+    engines: list[str] = field(
+        default_factory=lambda: list(ENGINES), metadata={"help": "Other engines, for those systems that they run."}
+    )
+    checkpoints: str = field(
+        default=str(SHARED / "checkpoints"), metadata={"help": "Folder with the published configs and processors."}
+    )
+    images: str = field(
+        default=str(SHARED / "data" / "vqa_rad" / "images"), metadata={"help": "Folder of JPEG or PNG images."}
+    )
+    engine_files: str = field(
+        default=str(ROOT / "outputs" / "engine_files"), metadata={"help": "Files of the engines: see make engines."}
+    )
+    engine_python: str = field(
+        default=str(ROOT / ".venv-engines" / "bin" / "python"),
+        metadata={"help": "Python of the environment that make engines sets up."},
+    )
+    repeats: int = field(default=3, metadata={"help": "Timed images."})
+    questions: int = field(default=10, metadata={"help": "Questions about one image; those after the first count."})
+    new_tokens: int = field(default=8, metadata={"help": "Length of every answer, in tokens."})
+    tiles: int = field(default=2, metadata={"help": "m: high-resolution tiles that QGSA encodes per image."})
+    tokens: int = field(default=17, metadata={"help": "k: visual tokens that QGSA keeps per image."})
+    output_dir: str = field(default="outputs/engines", metadata={"help": "Folder for results."})
+
+    def __post_init__(self):
+        self.systems = present_systems(self.systems)
+        unknown = [name for name in self.engines if name not in ENGINES]
+        if unknown:
+            raise ValueError(f"engines ({', '.join(unknown)}): unknown; choose from {', '.join(ENGINES)}")
+        for name, least in (("repeats", 1), ("questions", 2), ("new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}): must be at least {least}")
+        for name in self.architectures:
+            if not self.source(name).is_dir():
+                raise ValueError(f"architectures ({name}): {self.source(name)} is not a folder; choose another")
+
+    def source(self, architecture: str) -> Path:
+        """Folder of the config and the processor of an architecture."""
+        return Path(self.checkpoints, f"smolvlm-{architecture}-instruct")
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.tiles, self.tokens, self.new_tokens)
+
+
+class TorchRunner(Runner):
+    """A runner that keeps the description of its last answer, which other engines share."""
+
+    engine = f"torch {torch.__version__}"
+
+    def time(self, images: list[Image.Image], edge: int) -> tuple[dict, dict]:
+        seconds, self.description = super().time(images, edge)
+        return seconds, self.description
+
+    @property
+    def precision(self) -> str:
+        """Dtypes of the encoder and of the text model, in one word if they agree."""
+        vision, text = name_of(self.model.model.vision_model.dtype), name_of(self.model.lm_head.weight.dtype)
+        return text if vision == text else f"{vision}, text {text}"
+
+
+class EngineRunner:
+    """A system in another engine, timed like one in torch.
+
+    Args:
+        name: key of `ENGINES`.
+        worker: its process.
+        twin: the same system in torch, which comes before it on every image.
+        workload: budgets and length of the answer.
+        folder: folder for the image.
+    """
+
+    def __init__(self, name: str, worker: Worker, twin: TorchRunner, workload: Workload, folder: Path):
+        self.name, self.worker, self.twin, self.workload = f"{name}, {twin.name}", worker, twin, workload
+        self.image, self.weight_bytes = folder / "image.png", worker.weight_bytes
+        self.engine, self.precision = worker.version, name.rpartition("-")[2]
+
+    def request(self, images: list[Image.Image]) -> dict:
+        """The question about an image, as the worker takes it."""
+        (image,) = images
+        image.save(self.image)
+        work = {"system": self.twin.name, **vars(self.workload)}
+        return {"image": str(self.image), "question": QUESTION, **work}
+
+    def warm_up(self, images: list[Image.Image], edge: int) -> int:
+        """Answer once; returns the peak memory in bytes, beyond the weights."""
+        return self.worker.peak_memory(**self.request(images)) - self.weight_bytes
+
+    def time(self, images: list[Image.Image], edge: int) -> tuple[dict, dict]:
+        """Seconds of an answer, by those parts that the engine tells apart, and what the answer took besides."""
+        shared = {name: value for name, value in self.twin.description.items() if name != "kv_cache_bytes"}
+        return self.worker.ask(**self.request(images)), shared
+
+
+def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]:
+    """Runners of random weights in torch, the fast ones in the precision that is fastest here."""
+    source = str(run.source(architecture))
+    processors = {
+        "ours": QGSAProcessor.from_pretrained(source, backend="pil"),
+        "stock": Idefics3Processor.from_pretrained(source),
+    }
+    models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
+    if "fast" in models:
+        tune(models["fast"])
+    return [TorchRunner(name, run.workload, models, processors) for name in run.systems]
+
+
+def start(run: EnginesArguments, architecture: str, name: str) -> Worker:
+    """The process of an engine. Raises EngineError, which says what is missing."""
+    engine, output = ENGINES[name], Path(run.output_dir)
+    files = Path(run.engine_files, architecture, engine.folder)
+    python = run.engine_python if engine.apart else sys.executable
+    for missing, path in (("environment", Path(python)), ("files", files)):
+        if not path.exists():
+            raise EngineError(f"no {missing}: run make engines")
+    arguments = [str(files.resolve()), *engine.arguments, str(torch.get_num_threads())]
+    log = output / f"{name}-{architecture}.log"
+    return Worker(engine.worker, arguments, python, log, (files.resolve(),))
+
+
+def engine_runners(
+    run: EnginesArguments, architecture: str, twins: list[TorchRunner], folder: Path, open_until: ExitStack
+) -> Iterator[EngineRunner | dict]:
+    """Runners of the other engines, each asked once already; or, for an engine that fails, rows that say why.
+
+    Args:
+        twins: runners of torch.
+        folder: for images.
+        open_until: closes the processes.
+    """
+    small = Image.new("RGB", (64, 64))
+    for name in tqdm(run.engines, desc=f"{architecture}: starting engines"):
+        systems = [twin for twin in twins if twin.name in ENGINES[name].systems]
+        try:
+            worker = open_until.enter_context(closing(start(run, architecture, name)))
+            runners = [EngineRunner(name, worker, twin, run.workload, folder) for twin in systems]
+            for runner in runners:
+                worker.ask(**runner.request([small]))
+            yield from runners
+        except EngineError as error:
+            engine, _, precision = name.rpartition("-")
+            for twin in systems:
+                yield {"system": twin.name, "engine": engine, "precision": precision, "skipped": str(error)}
+
+
+def ask_again(runner: TorchRunner, image: Image.Image, edge: int, questions: int) -> float:
+    """Median seconds of the questions about an image after the first, whose tiles stay encoded."""
+    cache, spent = VisualCache(), []
+    for number in range(questions):
+        began = now(CPU)
+        inputs = runner.process([image], edge, f"{QUESTION} Look at part {number}.")
+        runner.generate(inputs | {"visual_cache": cache})
+        spent.append(now(CPU) - began)
+    return median(spent[1:])
+
+
+def time_architecture(run: EnginesArguments, architecture: str) -> list[dict]:
+    """Rows of one architecture: all systems in torch, then those of the other engines, skipped ones last."""
+    images = pick_images(run.images, run.repeats)
+    twins = torch_runners(run, architecture)
+    edge = twins[0].processor.image_processor.size["longest_edge"]
+    with TemporaryDirectory() as folder, ExitStack() as open_until:
+        others = list(engine_runners(run, architecture, twins, Path(folder), open_until))
+        runners = [*twins, *(each for each in others if isinstance(each, EngineRunner))]
+        rows = measure(runners, [[image] for image in images], edge)
+    for row, runner in zip(rows, runners):
+        row |= {"engine": runner.engine, "precision": runner.precision}
+        if isinstance(runner, EngineRunner):
+            row["system"] = runner.twin.name
+    rows_of_torch = list(zip(rows, twins))
+    for row, twin in tqdm(rows_of_torch, desc=f"{architecture}: {run.questions} questions about one image"):
+        if twin.system.selection != "dense":  # which encodes all tiles anew
+            row["seconds_later"] = ask_again(twin, images[0], edge, run.questions)
+    add_speedups(rows)
+    rows += [each for each in others if isinstance(each, dict)]
+    return [{"architecture": architecture, **row} for row in rows]
+
+
+def format_engines(rows: list[dict], architecture: str) -> str:
+    """The rows of one architecture as a Markdown table; a dash where nothing was measured."""
+    lines = [
+        "| system | engine | precision | processing | vision | prefill | decode | total, s [range] | × stock "
+        "| later question, s | TFLOPs | memory, GB (weights included) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["architecture"] != architecture:
+            continue
+        head = f"| {row['system']} | {row['engine']} | {row['precision']} |"
+        if "skipped" in row:
+            lines.append(f"{head} – | – | – | – | skipped: {row['skipped']} | – | – | – | – |")
+            continue
+        parts = " | ".join(number(row["seconds"].get(part), 2) for part in PARTS)
+        low, high = row["seconds_range"]
+        memory = (row["memory_bytes"] + row["weight_bytes"]) / 1e9
+        lines.append(
+            f"{head} {parts} | {row['seconds_median']:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {number(row['speedup_vs_dense'], 1)} | {number(row.get('seconds_later'), 2)} "
+            f"| {row['flops']['total'] / 1e12:.2f} | {memory:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number for a table; a dash if there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main():
+    with errors_in_one_line():
+        run = parse(EnginesArguments, __doc__)
+        output, rows = Path(run.output_dir), []
+        output.mkdir(parents=True, exist_ok=True)
+        keep_freed_memory()
+        for architecture in run.architectures:
+            rows += time_architecture(run, architecture)
+            write_results(output / f"{NAME}.json", NAME, "vqa_rad images", run.repeats, 0, rows, "none")
+            print(format_engines(rows, architecture), flush=True)
+
+
+if __name__ == "__main__":
+    main()
