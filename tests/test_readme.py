@@ -26,8 +26,9 @@ from training.data.cards import Cards
 from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
 from training.evaluation.report import format_by_canvas, format_by_family, format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
+from training.run_answers import AnswersArguments
 from training.run_guided import PairArguments
-from training.run_qgsa import TaskArguments
+from training.run_qgsa import TaskArguments, asks_for_answers
 from training.run_stand_in import parse as parse_stand_in
 from training.run_visor import parse as parse_visor
 from training.studies.ablation import format_ablation
@@ -242,8 +243,10 @@ PARSERS = {
 }
 CPU = ["--use_cpu", "true"]
 PRESET_PARSERS = {
-    "training/run_qgsa.py": lambda given: parse_arguments(
-        [*given, *CPU], "", (TaskArguments, *GROUPS, QGSATrainingArguments)
+    "training/run_qgsa.py": lambda given: (
+        Parser(AnswersArguments).parse(given)
+        if asks_for_answers(given)
+        else parse_arguments([*given, *CPU], "", (TaskArguments, *GROUPS, QGSATrainingArguments))
     ),
     "training/run_stand_in.py": lambda given: parse_stand_in([*given, *CPU]),
     "training/run_visor.py": lambda given: parse_visor([*given, *CPU]),

@@ -11,6 +11,10 @@ SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alo
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
     python training/run_qgsa.py --preset vqa_rad_256m --task calibrate
 
+Answers to a file of questions, with a trained or calibrated checkpoint (`--task answer --help` shows its options):
+
+    python training/run_qgsa.py --task answer --model outputs/demo --data questions.jsonl --output answers.jsonl
+
 A preset (training/presets) sets options, which the command line overrides; `--max_steps 2` tries a preset out. A run
 that was interrupted continues from its last checkpoint. The stand-in's own training is training/run_stand_in.py.
 """
@@ -41,6 +45,7 @@ from training.learning.output import claimed, field_names, identity, last_checkp
 from training.learning.report import write_report
 from training.learning.train import check_training, to_qgsa, train_selection
 from training.learning.training_arguments import GROUPS, LossArguments, QGSATrainingArguments
+from training.run_answers import main as answer_questions
 from training.standins.loading import load_base
 
 
@@ -54,7 +59,7 @@ class TaskArguments:
 
     _argument_group_name = "task"
 
-    task: str = field(default="train", metadata={"help": "train, calibrate, or evaluate only."})
+    task: str = field(default="train", metadata={"help": "train, calibrate, evaluate only, or answer."})
     calibration_size: int = field(default=200, metadata={"help": "Questions to calibrate on."})
     target_loyalty: float = field(default=0.99, metadata={"help": "Share of answers to keep."})
 
@@ -129,7 +134,15 @@ def recorded_task(folder: str) -> dict:
     return {each.name: found[each.name] for each in fields(TaskArguments) if each.name in found}
 
 
+def asks_for_answers(arguments: list[str]) -> bool:
+    """Whether the task of a command line is `answer`, which has options of its own."""
+    return "--task=answer" in arguments or ("--task", "answer") in zip(arguments, arguments[1:])
+
+
 def main():
+    if asks_for_answers(sys.argv[1:]):
+        answer_questions()
+        return
     with errors_in_one_line():
         preset, task, model, data, selection, evaluation, features, args = parse(sys.argv[1:])
         if args.resume_from_checkpoint is None:

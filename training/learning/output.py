@@ -84,7 +84,8 @@ def claimed(
         try:
             yield
         except BaseException:
-            if new and not (any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))):
+            saved = ("checkpoint-*", "*.safetensors", "*.jsonl")
+            if new and not any(any(folder.glob(each)) for each in saved):
                 path.unlink()  # nothing was saved: the folder is free for another run
             raise
 
