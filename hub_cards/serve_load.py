@@ -23,6 +23,7 @@ from statistics import median, quantiles
 
 import httpx
 import torch
+from tqdm.auto import tqdm
 
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards
@@ -139,15 +140,14 @@ def measure(run: LoadArguments) -> list[dict]:
     """One row per batch size and number of clients; the servers take turns."""
     bodies = make_bodies(run)
     turns: dict[tuple[int, int], list[dict]] = {(size, n): [] for size in run.batch_sizes for n in run.clients}
-    for _ in range(run.repeats):
-        for size in run.batch_sizes:
-            with started(run, size) as url:
-                asyncio.run(load(url, bodies, max(run.clients), max(run.clients)))  # warms up
-                for clients in run.clients:
-                    before = batch_size(url)
-                    found = asyncio.run(load(url, bodies, clients, max(run.requests, clients)))
-                    answered, batches = (now - then for now, then in zip(batch_size(url), before))
-                    turns[size, clients].append({**found, "batch_size_mean": answered / batches})
+    for size in tqdm(run.batch_sizes * run.repeats, desc="servers under load"):
+        with started(run, size) as url:
+            asyncio.run(load(url, bodies, max(run.clients), max(run.clients)))  # warms up
+            for clients in run.clients:
+                before = batch_size(url)
+                found = asyncio.run(load(url, bodies, clients, max(run.requests, clients)))
+                answered, batches = (now - then for now, then in zip(batch_size(url), before))
+                turns[size, clients].append({**found, "batch_size_mean": answered / batches})
     rows = []
     for (size, clients), found in turns.items():
         row = {"system": f"batches of up to {size}", "max_batch_size": size, "clients": clients}

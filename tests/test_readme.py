@@ -36,7 +36,7 @@ from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adap
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.depth import DepthArguments, format_depth
 from training.studies.depth_speed import DepthSpeedArguments, format_depth_speed, format_questions
-from training.studies.engines import EnginesArguments
+from training.studies.engines import EnginesArguments, format_engines
 from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
@@ -83,6 +83,8 @@ TABLES = {
     "speed_visor_500m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_256m_bfloat16_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
+    "speed_engines_cpu": lambda rows: [format_engines(rows, "256m")],
+    "serve_cpu": lambda rows: [serve_load.format_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],

@@ -38,7 +38,8 @@ def test_the_script_writes_a_row_per_server_and_number_of_clients(tmp_path):
 def test_a_server_that_does_not_start_is_reported_in_one_line(tmp_path):
     done = run_script("--model", tmp_path / "nope", "--output_dir", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: serve.py did not start: ") and "nope" in done.stderr
+    error = done.stderr.splitlines()[-1]  # below the progress bar
+    assert error.startswith("error: serve.py did not start: ") and "nope" in error
 
 
 @pytest.mark.parametrize(

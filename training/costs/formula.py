@@ -96,12 +96,13 @@ def cache_bytes(config, kinds: Sequence[str], visual: int, words: int, size: int
     """Bytes of keys and values that the text model holds of one prompt; arguments as in `schedule_flops`.
 
     Args:
+        config: also the config of a SmolVLM checkpoint, whose layers are full.
         size: bytes of a number.
     """
     text = config.text_config
     head = text.head_dim or text.hidden_size // text.num_attention_heads
     own = text.num_key_value_heads * head
-    width = math.prod(block_size(text)) if config.vision_cross == "block" else own
+    width = math.prod(block_size(text)) if "cross" in kinds and config.vision_cross == "block" else own
     seen = {"full": own, "cross": width, "text": 0}
     return sum(words * own + visual * seen[kind] for kind in kinds) * 2 * size
 
