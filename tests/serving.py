@@ -21,3 +21,11 @@ def serving(app, **options):
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+def wait_until(condition):
+    """Wait, for 20 seconds at most, until `condition()` holds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

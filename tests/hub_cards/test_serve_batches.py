@@ -15,7 +15,7 @@ import torch
 from serve import Limits, load, make_app
 from serve_batches import Batches, Job, Rows, collate
 from serve_requests import ChatRequest, RequestError
-from serving import serving
+from serving import serving, wait_until
 
 from modeling_qgsa import GuidedVLM
 from training.data.cards import Cards
@@ -38,13 +38,6 @@ def served(checkpoint):
     gate = make_app(*checkpoint, LIMITS)
     with serving(gate) as url:
         yield gate, url
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @contextmanager

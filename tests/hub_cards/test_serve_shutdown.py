@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve import ServeArguments, load, make_app
 from serve_requests import Limits
 from serve_shutdown import Server
-from serving import serving
+from serving import serving, wait_until
 
 from training.data.cards import Cards
 
@@ -32,13 +32,6 @@ HELLO = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens":
 @pytest.fixture(scope="module")
 def checkpoint():
     return load(NAME)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # Shutting down

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from turns import check_turns_of_text
 
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.crossing_qgsa import VisionBlock, convolve, places_apart
@@ -217,19 +218,7 @@ def test_turns_of_several_schedules(mixed, tokenizer, prepare, samples, make_ima
 
 @pytest.mark.parametrize("schedule", ["FCTF", "CCCC"])
 def test_turns_of_text_equal_the_whole_prompt(deep, single, tokenizer, schedule):
-    options = {**WHOLE, "vision_budget": schedule}
-    more = " two<end_of_utterance>\nUser: and where?"
-    more = tokenizer(more, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    whole = torch.cat([single["input_ids"], more], 1)
-    question = torch.cat([single["question_mask"], torch.zeros_like(more)], 1)
-    inputs = single | {"input_ids": whole, "attention_mask": torch.ones_like(whole), "question_mask": question}
-    with torch.no_grad():
-        together = deep(**inputs, **options).logits[:, -more.shape[1] :]
-        cache = deep(**single, **options).past_key_values
-        later = deep(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
-    assert torch.allclose(later, together, atol=1e-4)
-    expected = deep.generate(**inputs, **options, max_new_tokens=4)
-    assert torch.equal(deep.generate(input_ids=whole, past_key_values=cache, max_new_tokens=4), expected)
+    check_turns_of_text(deep, single, tokenizer, vision_budget=schedule, **WHOLE)
 
 
 @pytest.mark.parametrize("schedule", ["CCCC", "FCTC"])

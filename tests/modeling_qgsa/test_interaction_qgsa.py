@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from turns import check_turns_of_text
 
 from modeling_qgsa import QGSAConfig
 from modeling_qgsa.layout_qgsa import VisualLayout
@@ -358,20 +359,7 @@ def test_beams_of_a_schedule(deep, batch, samples, prepare):
 
 @pytest.mark.parametrize("schedule", ["FCTF", "TCFF", "CCCC"])
 def test_turns_on_a_scheduled_cache(deep, single, tokenizer, schedule):
-    """In a loop over `forward` and by `generate`, as if all had been asked at once."""
-    options = {**WHOLE, **EVERYTHING, "vision_budget": schedule}
-    more = " two<end_of_utterance>\nUser: and where?"
-    more = tokenizer(more, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    whole = torch.cat([single["input_ids"], more], 1)
-    question = torch.cat([single["question_mask"], torch.zeros_like(more)], 1)
-    inputs = single | {"input_ids": whole, "attention_mask": torch.ones_like(whole), "question_mask": question}
-    with torch.no_grad():
-        together = deep(**inputs, **options).logits[:, -more.shape[1] :]
-        cache = deep(**single, **options).past_key_values
-        later = deep(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
-    assert torch.allclose(later, together, atol=1e-4)
-    expected = deep.generate(**inputs, **options, max_new_tokens=4)
-    assert torch.equal(deep.generate(input_ids=whole, past_key_values=cache, max_new_tokens=4), expected)
+    check_turns_of_text(deep, single, tokenizer, vision_budget=schedule, **WHOLE, **EVERYTHING)
 
 
 def test_another_schedule_on_a_filled_cache_is_refused(deep, prepare, make_image):
