@@ -5,14 +5,12 @@ The demo, offline, about 8 minutes on two cores with AVX-512, 10 with AVX2 only
 
     python training/run_qgsa.py
 
-SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration instead of training:
+SmolVLM-256M on VQA-RAD, with the published weights and data; the evaluation alone; calibration instead of training;
+answers to a file of questions (`--task answer --help` shows its options):
 
     python training/run_qgsa.py --preset vqa_rad_256m
     python training/run_qgsa.py --preset vqa_rad_256m --task evaluate
     python training/run_qgsa.py --preset vqa_rad_256m --task calibrate
-
-Answers to a file of questions, with a trained or calibrated checkpoint (`--task answer --help` shows its options):
-
     python training/run_qgsa.py --task answer --model outputs/demo --data questions.jsonl --output answers.jsonl
 
 A preset (training/presets) sets options, which the command line overrides; `--max_steps 2` tries a preset out. A run

@@ -78,6 +78,7 @@ class Worker:
         """The next reply. Raises EngineError for a failure, or if the process has ended."""
         line = self.process.stdout.readline()
         if not line:
+            self.process.wait()  # its last words come after its last reply
             said = self.log.read_text().split("\n")
             last = next((each for each in reversed(said) if each.strip()), "nothing was printed")
             raise EngineError(f"{last.strip()} (see {self.log})")

@@ -20,9 +20,7 @@ class LossArguments:
     utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 disables it."})
     utility_temperature: float = field(default=0.5, metadata={"help": "Its softmax temperature."})
     attention_weight: float = field(default=1.0, metadata={"help": "Weight of the attention teacher; 0 disables it."})
-    attention_share: float = field(
-        default=0.25, metadata={"help": "Share of a batch that the attention teacher sees (it is costly)."}
-    )
+    attention_share: float = field(default=0.25, metadata={"help": "Share of a batch that this teacher sees."})
     neutral_question: str | None = field(
         default=None,
         metadata={"help": "Divide the teacher's attention by the attention under this question."},
@@ -34,9 +32,7 @@ class LossArguments:
     patch_word_temperature: float = field(default=0.5, metadata={"help": "Its softmax temperature."})
     complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the complexity loss; 0 disables it."})
     complexity_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the estimator."})
-    adapter_learning_rate: float = field(
-        default=3e-4, metadata={"help": "Learning rate of the LoRA adapters; learning_rate is the selector's."}
-    )
+    adapter_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the adapters."})
     complexity_start: float = field(
         default=0.4, metadata={"help": "Share of the steps before the complexity loss starts."}
     )
@@ -47,7 +43,7 @@ class LossArguments:
     target_visual_tokens: float | None = field(
         default=None, metadata={"help": "Mean number of visual tokens per image to aim at."}
     )
-    budget_weight: float = field(default=1.0, metadata={"help": "Weight of the distance from that target."})
+    budget_weight: float = field(default=1.0, metadata={"help": "Weight of missing that target."})
 
 
 @dataclass

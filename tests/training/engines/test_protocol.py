@@ -8,7 +8,9 @@ from training.engines.protocol import EngineError, Worker
 
 
 MADE_UP = """
+import os
 import sys
+import time
 from training.engines.protocol import serve
 
 def load(weight_bytes):
@@ -20,6 +22,8 @@ def load(weight_bytes):
         if request.get("fail"):
             raise ValueError("cannot answer")
         if request.get("end"):
+            os.dup2(2, 3)  # the pipe of its replies closes well before its last words
+            time.sleep(0.3)
             sys.exit("out of luck")
         held = bytearray(request.get("size", 0))
         held[::4096] = b"x" * len(held[::4096])
@@ -38,7 +42,7 @@ def start(tmp_path):
     started = []
 
     def start(*arguments, module="made_up"):
-        worker = Worker(module, list(arguments), sys.executable, tmp_path / "log", (tmp_path,))
+        worker = Worker(module, list(arguments), sys.executable, tmp_path / f"log{len(started)}", (tmp_path,))
         started.append(worker)
         return worker
 
@@ -64,7 +68,7 @@ def test_its_memory_is_that_of_the_request(start):
 def test_an_engine_that_does_not_start_says_why(start):
     with pytest.raises(EngineError, match="^OSError: no such model$"):
         start("bad")
-    with pytest.raises(EngineError, match=r"No module named missing_engine \(see .*log\)"):
+    with pytest.raises(EngineError, match=r"No module named missing_engine \(see .*log0\)"):
         start(module="missing_engine")
 
 
