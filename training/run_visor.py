@@ -48,7 +48,11 @@ class VisorArguments:
         metadata={"help": "Shares of the work on visual tokens to have a schedule for."},
     )
     schedules: list[str] = field(
-        default_factory=list, metadata={"help": "Schedules in letters, such as FFCCTT, in place of ranked ones."}
+        default_factory=list,
+        metadata={
+            "help": "Schedules in letters, such as FFCCTT, in place of ranked ones; "
+            "one that is named twice is trained twice as often."
+        },
     )
     vision_cross: str = field(
         default="own",
@@ -139,6 +143,7 @@ def run(visor: VisorArguments, data: DataArguments, args: TrainingArguments):
     keep_everything(model)
     set_schedules(model, visor, Subset(single, range(min(visor.ranking_size, len(single)))), processor)
     model = train_schedules(model, processor, train, args, visor.lora_rank, visor.lora_targets)
+    model.config.vision_schedules = list(dict.fromkeys(model.config.vision_schedules))
     if not args.should_save:  # all processes have trained; the first one fits and saves
         return
     output = Path(args.output_dir)

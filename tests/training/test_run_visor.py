@@ -40,7 +40,7 @@ def trained(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("visor")
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "visor", *SMALL)
-        schedule = ("--schedules", "FCCT")
+        schedule = ("--schedules", "FCCT", "FCCT")  # one, drawn twice as often
         run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "vica", *SMALL, *schedule)
         cross = ("--vision_cross", "block", "--save_steps", "2", "--learning_rate", "0.01")
         run(monkeypatch, run_visor, "--base_model", base, "--output_dir", folder / "blocks", *SMALL, *cross)
