@@ -253,6 +253,11 @@ def export_graphs(model: QGSASmolVLMForConditionalGeneration, folder: Path, vari
         raise ValueError(
             "format ('onnx'): in the graphs all layers are full: set vision_layers to None and vision_policy to False"
         )
+    if model.config.glance_downscale > 1:
+        raise ValueError(
+            f"format ('onnx'): the graphs encode whole tiles: set glance_downscale ({model.config.glance_downscale}) "
+            "to 1"
+        )
     if model.config.positions_per_image is not None or model.config.positions != "original":
         raise ValueError(
             "format ('onnx'): its runtime has neither exact counts nor compact positions: set positions_per_image to "

@@ -143,6 +143,7 @@ class Observations:
         seen = hashlib.sha256()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            seen.update(b"" if model.config.glance_downscale == 1 else bytes([model.config.glance_downscale]))
             for weight in model.parameters():
                 seen.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.maker = seen

@@ -83,6 +83,11 @@ class VisualLayout:
         return self.tile_row < 0
 
     @property
+    def has_tiles(self) -> torch.Tensor:
+        """Whether the image of each tile is more than its global view, `(T,)` bool."""
+        return self.grids[self.tile_image].prod(1) > 0
+
+    @property
     def image_sample(self) -> torch.Tensor:
         """Sample of each image, `(I,)` int64."""
         return self.tile_sample[self.is_global]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import avg_pool2d, max_pool2d
 
 from .compat_qgsa import RETURN_OUTPUT, encoded_images, tile_features
 from .layout_qgsa import VisualLayout
@@ -125,6 +126,8 @@ def embed_dense(model, stock: dict[str, Any]) -> dict[str, Any]:
 def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch.Tensor) -> torch.Tensor:
     """Features of the tiles chosen by `tiles`, `(T,)` bool, and of no others: `(n, P, D)`.
 
+    The global views of images that have tiles are scaled down by `config.glance_downscale`.
+
     Args:
         model: a [`QGSASmolVLMModel`], which is called through `get_image_features`.
     """
@@ -132,10 +135,38 @@ def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch
         return visual.features[tiles]
     if visual.cache is not None:
         return encode_new_tiles(model, visual, layout, tiles)
-    pixels, mask = visual.pixels(layout, tiles)
-    mask = None if mask is None else mask[None]
-    features = tile_features(model.get_image_features(pixels[None], mask, **RETURN_OUTPUT))
-    return features.view(-1, layout.tokens_per_tile, model.config.text_config.hidden_size)
+    scaled = tiles & layout.is_global & layout.has_tiles & (model.config.glance_downscale > 1)
+    whole, size = tiles & ~scaled, (layout.tokens_per_tile, model.config.text_config.hidden_size)
+    parts = []
+    if whole.any():
+        pixels, mask = visual.pixels(layout, whole)
+        mask = None if mask is None else mask[None]
+        features = tile_features(model.get_image_features(pixels[None], mask, **RETURN_OUTPUT))
+        parts.append((whole, features.view(-1, *size)))
+    if scaled.any():
+        parts.append((scaled, encode_scaled_down(model, *visual.pixels(layout, scaled))))
+    order = torch.cat([part.nonzero()[:, 0] for part, _ in parts]).argsort()
+    return torch.cat([features for _, features in parts])[order]
+
+
+def encode_scaled_down(model, pixels: torch.Tensor, pixel_attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Features of global views scaled down by `config.glance_downscale`: `(n, P, D)`.
+
+    The encoder sees fewer patches, each at the position of its first pixel; its states are then repeated, so that the
+    connector finds as many patches as in a whole tile.
+
+    Args:
+        pixels: `(n, 3, S, S)`.
+        pixel_attention_mask: `(n, S, S)` or None.
+    """
+    vision, scale = model.vision_model, model.config.glance_downscale
+    patch = scale * model.config.vision_config.patch_size
+    mask = torch.ones_like(pixels[:, 0], dtype=torch.bool) if pixel_attention_mask is None else pixel_attention_mask
+    seen = max_pool2d(mask.to(pixels.dtype), patch) > 0
+    smaller = avg_pool2d(pixels, scale).to(vision.dtype)
+    states = vision(pixel_values=smaller, patch_attention_mask=seen).last_hidden_state
+    states = states.unflatten(1, seen.shape[1:]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return model.connector(states.flatten(1, 2)).to(model.text_model.dtype)
 
 
 def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch.Tensor) -> torch.Tensor:
@@ -163,14 +194,16 @@ def encoder_key(model) -> tuple:
     switches = tuple(
         str(value) for part in parts for value in vars(part).values() if isinstance(value, bool | str | list)
     )
-    return weakref.ref(model.vision_model), hash((versions, switches))
+    return weakref.ref(model.vision_model), hash((versions, switches, model.config.glance_downscale))
 
 
 # One encoder, two models
 
 
 def shares_encoder(one, other) -> bool:
-    """Whether the encoders of two [`QGSASmolVLMModel`]s, without their connectors, hold the same weights."""
+    """Whether the encoders of two [`QGSASmolVLMModel`]s, without their connectors, make the same of an image."""
+    if one.config.glance_downscale != other.config.glance_downscale:
+        return False
     states = [model.vision_model.state_dict() for model in (one, other)]
     return states[0].keys() == states[1].keys() and all(
         weight.shape == states[1][name].shape and torch.equal(weight.cpu(), states[1][name].cpu())

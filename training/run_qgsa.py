@@ -47,6 +47,7 @@ from training.run_answers import main as answer_questions
 from training.standins.loading import load_base
 
 
+ADDED = {"glance_downscale": 1}
 TASKS = ("train", "evaluate", "calibrate")
 SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough questions to show that the code runs
 
@@ -106,7 +107,8 @@ def run(
     if task.task == "evaluate":
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
     elif task.task == "calibrate":
-        tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor).to(args.device)
+        glance = {"glance_downscale": selection.glance_downscale}
+        tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **glance).to(args.device)
         samples = Subset(train, range(min(task.calibration_size, len(train))))
         print(tuned.calibrate(samples, processor, task.target_loyalty, f"{args.output_dir}/observations"))
     else:
@@ -160,7 +162,7 @@ def main():
             wanted |= recorded_task(args.output_dir)
         former = field_names(StandInArguments)
         command = " ".join(["python training/run_qgsa.py", *sys.argv[1:]])
-        with claimed(args.output_dir, wanted, args.process_index == 0, former):
+        with claimed(args.output_dir, wanted, args.process_index == 0, former, ADDED):
             run(preset, command, task, model, data, selection, evaluation, features, args)
 
 

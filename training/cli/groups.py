@@ -34,6 +34,7 @@ class SelectionArguments:
     min_tiles: int = field(default=0, metadata={"help": "Fewest tiles encoded per image."})
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
     complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the budget suffices."})
+    glance_downscale: int = field(default=1, metadata={"help": "2: a glance at half of its size."})
 
 
 @dataclass

@@ -154,7 +154,7 @@ def estimate_flops(
     blocks: tuple[int, ...] = (),
     glance: int | None = None,
 ) -> dict[str, int]:
-    """FLOPs of one answer about one image, in the parts of `count_flops`.
+    """FLOPs of one answer about one image that has tiles, in the parts of `count_flops`.
 
     Args:
         tiles: number of tiles encoded as a whole, including the global view.
@@ -167,6 +167,8 @@ def estimate_flops(
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     sequences = [patches] * tiles + [sum(blocks) * config.scale_factor**2] * bool(blocks)
     vision = vision_flops(config, sequences)
+    if question is not None and config.glance_downscale > 1:
+        vision -= glance_saving(config, patches)
     prefill = text_flops(config, prompt)
     if question is not None and glance is not None:
         prefill += attention_pointer_flops(config, glance, question)
@@ -174,6 +176,13 @@ def estimate_flops(
         prefill += selector_flops(config, question, tiles + len(blocks))
     decode = sum(text_flops(config, 1, prompt + step) for step in range(new_tokens - 1))
     return {"vision": vision, "prefill": prefill, "decode": decode, "total": vision + prefill + decode}
+
+
+def glance_saving(config, patches: int) -> int:
+    """FLOPs that `glance_downscale` saves on a global view of so many patches. The connector still reads all."""
+    fewer = patches // config.glance_downscale**2
+    connector = 2 * (patches - fewer) * config.vision_config.hidden_size * config.text_config.hidden_size
+    return vision_flops(config, [patches]) - vision_flops(config, [fewer]) - connector
 
 
 def cross_modal_attention(config, question: int, tokens: int) -> int:

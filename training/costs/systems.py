@@ -17,8 +17,9 @@ class Timed:
     """A system of the benchmark.
 
     Args:
-        model: model to run: "stock" (float32), "bfloat16" (stock in bfloat16), "plain" (QGSA in float32) or "fast"
-            (QGSA in the precision and steps that are fastest on this machine).
+        model: model to run: "stock" (float32), "bfloat16" (stock in bfloat16), "plain" (QGSA in float32), "fast"
+            (QGSA in the precision and steps that are fastest on this machine) or "half" (the same with a glance at
+            half of its resolution).
         selection: "dense", or a selection of QGSA.
         edge: size of the longest edge of an image: "full", "half", or "native", which never scales an image up
             beyond the next whole tile.
@@ -49,6 +50,7 @@ class Timed:
         return self.selection in ("before_encoder", "blocks")
 
 
+TUNED = ("fast", "half")  # models in the precision and steps that are fastest on this machine
 VISOR_LAYERS = 1 / 15  # an eighth of the work on visual tokens, with what cross layers do
 
 SYSTEMS = {
@@ -65,7 +67,9 @@ SYSTEMS = {
     "qgsa": Timed("fast", "before_encoder"),
     "qgsa-attention": Timed("fast", "before_encoder", pointer="attention"),
     "qgsa-native-size": Timed("plain", "before_encoder", edge="native"),
+    "qgsa-half-glance": Timed("half", "before_encoder"),
     "qgsa-blocks": Timed("fast", "blocks"),
+    "qgsa-blocks-half-glance": Timed("half", "blocks"),
     "visor": Timed("fast", "after_encoder", full_layers=VISOR_LAYERS, keeps_all=True),
     "qgsa+visor": Timed("fast", "before_encoder", full_layers=VISOR_LAYERS),
 }
@@ -124,9 +128,11 @@ def build_models(
             torch.manual_seed(0)
             config = AutoConfig.from_pretrained(base_model)
             built = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-            if name in ("plain", "fast"):
+            if name in ("plain", *TUNED):
                 built = QGSASmolVLMForConditionalGeneration.from_dense(built, tokenizer)
                 torch.nn.init.normal_(built.model.selector.cell_position, std=0.02)  # stands in for a trained one
+        if name == "half":
+            built.config.glance_downscale = 2
         reduced = name == "bfloat16" or device.type == "cuda"
         built = built.to(device, torch.bfloat16 if reduced else torch.float32).eval()
         built.generation_config.eos_token_id = None  # all answers must have the same length

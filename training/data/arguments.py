@@ -23,7 +23,5 @@ class DataArguments:
         default=None,
         metadata={"help": "cards: canvases to train on, as rows x columns in tiles, such as 2x4 4x4 (default: 4x4)."},
     )
-    eval_split: str = field(default="test", metadata={"help": "Split to evaluate, such as validation."})
-    test_size: int = field(
-        default=2000, metadata={"help": "Number of questions to evaluate; all of the split if it has fewer."}
-    )
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    test_size: int = field(default=2000, metadata={"help": "Questions to evaluate at most."})

@@ -22,6 +22,8 @@ def open_feature_cache(folder: str | Path, model, processor, max_bytes: int) -> 
         "dtype": str(encoder[0].dtype),
         "image processor": hashlib.sha256(processor.image_processor.to_json_string().encode()).hexdigest(),
     }
+    if model.config.glance_downscale > 1:
+        maker["glance downscale"] = str(model.config.glance_downscale)
     return TensorStore(folder, maker, max_bytes)
 
 

@@ -29,7 +29,7 @@ from modeling_qgsa.tuning_qgsa import name_of
 from training.cli.arguments import errors_in_one_line, parse
 from training.costs.meter import PARTS, keep_freed_memory, now
 from training.costs.speed_report import add_speedups
-from training.costs.systems import build_models, present_systems
+from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
 from training.costs.tuning import tune
 from training.engines.protocol import ROOT, EngineError, Worker
@@ -46,7 +46,9 @@ SYSTEMS = (
     "dense-global-only-fast",
     "qgsa-attention",
     "qgsa",
+    "qgsa-half-glance",
     "qgsa-blocks",
+    "qgsa-blocks-half-glance",
 )
 
 
@@ -194,8 +196,8 @@ def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    if "fast" in models:
-        tune(models["fast"])
+    for name in models.keys() & set(TUNED):
+        tune(models[name])
     return [TorchRunner(name, run.workload, models, processors) for name in run.systems]
 
 
