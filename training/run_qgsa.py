@@ -47,7 +47,7 @@ from training.run_answers import main as answer_questions
 from training.standins.loading import load_base
 
 
-ADDED = {"glance_downscale": 1}
+ADDED = {"glance_downscale": 1, "positions": "original"}
 TASKS = ("train", "evaluate", "calibrate")
 SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough questions to show that the code runs
 
@@ -107,8 +107,8 @@ def run(
     if task.task == "evaluate":
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
     elif task.task == "calibrate":
-        glance = {"glance_downscale": selection.glance_downscale}
-        tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **glance).to(args.device)
+        kept = {"glance_downscale": selection.glance_downscale, "positions": selection.positions}
+        tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **kept).to(args.device)
         samples = Subset(train, range(min(task.calibration_size, len(train))))
         print(tuned.calibrate(samples, processor, task.target_loyalty, f"{args.output_dir}/observations"))
     else:

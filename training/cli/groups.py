@@ -11,7 +11,7 @@ class ModelArguments:
 
     base_model: str | None = field(
         default=None,
-        metadata={"help": "Dense checkpoint: Hub id or folder; `tiny` builds the untrained stand-in."},
+        metadata={"help": "Dense checkpoint: Hub id, folder or `tiny`."},
     )
     random_weights: bool = field(default=False, metadata={"help": "Random weights; only the config is used."})
     lora_rank: int = field(default=8, metadata={"help": "LoRA rank; 0 for no adapters."})
@@ -35,6 +35,7 @@ class SelectionArguments:
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
     complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the budget suffices."})
     glance_downscale: int = field(default=1, metadata={"help": "2: a glance at half of its size."})
+    positions: str = field(default="original", metadata={"help": "Position ids: original or compact."})
 
 
 @dataclass

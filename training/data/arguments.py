@@ -13,9 +13,7 @@ class DataArguments:
     data_dir: str | None = field(
         default=None, metadata={"help": "Local folder of the data set (default: the Hub). Not used by cards."}
     )
-    split_by: str = field(
-        default="published", metadata={"help": "vqa_rad: published split, or image (no image in both splits)."}
-    )
+    split_by: str = field(default="published", metadata={"help": "vqa_rad: published or image."})
     form: str = field(default="multiple_choice", metadata={"help": "aokvqa: multiple_choice or direct_answer."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     train_size: int = field(default=100_000, metadata={"help": "cards: training samples."})
