@@ -10,8 +10,9 @@
 Routes: `POST /v1/chat/completions` (streaming too), `GET /v1/models`, `GET /health` and `GET /metrics` (Prometheus).
 `qgsa` in a request takes the budgets of `generate` and `vision_budget`; in a response it has the number of visual
 tokens and tiles in use, the share of the text model's work on them, and which of two models answered. Requests that
-wait together are answered in batches. At its start the server measures in which precision the encoder is fastest, and
-sets it (`model.tune()`). On SIGTERM or SIGINT it answers what it has taken, and refuses new requests.
+wait together are answered in batches. At its start the server measures with which precision, steps and threads the
+encoder is fastest, and sets them (`model.tune()`); `--tuning tuning.json` keeps what it found for the next start. On
+SIGTERM or SIGINT it answers what it has taken, and refuses new requests.
 
 Neither code nor pickles of a checkpoint are run; its chat template is, and images are read, by processes with bounds
 on time and memory. With an API key all routes but `/health` ask for it. The key travels in clear: beyond loopback, put
@@ -73,6 +74,10 @@ class ServeArguments(Limits):
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
     guide: str | None = field(
         default=None, metadata={"help": "Small QGSA checkpoint that tells the model where to look."}
+    )
+    tuning: str | None = field(
+        default=None,
+        metadata={"help": "File for what is fastest here: read if it exists, else measured and written."},
     )
     api_key: str | None = field(
         default=None,
@@ -252,7 +257,7 @@ def main():
     with errors_in_one_line():
         run = parse_arguments(ServeArguments, __doc__)
         model, processor, pair = load_served(run)
-        gate = make_app(model.tune(), processor, run, pair, run.api_key)
+        gate = make_app(model.tune(saved=run.tuning), processor, run, pair, run.api_key)
     Server(gate, run.shutdown_timeout, host=run.host, port=run.port, **OPTIONS).run()
     if gate.answerer.batches.thread.is_alive():  # in a step of the model, which nothing can interrupt
         sys.stdout.flush()

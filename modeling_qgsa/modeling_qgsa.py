@@ -14,6 +14,7 @@ everything to the stock model.
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -378,21 +379,34 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         """Dtype of the text model, even if the encoder has another one: the dtype in which a checkpoint is loaded."""
         return self.model.text_model.dtype
 
-    def tune(self, vision_dtype: torch.dtype | None = None, tiles_per_step: int | None = None):
-        """Set hardware-dependent options: the precision of the encoder, and how many tiles it encodes at once.
+    def tune(
+        self,
+        vision_dtype: torch.dtype | None = None,
+        tiles_per_step: int | None = None,
+        threads: int | None = None,
+        saved: str | Path | None = None,
+    ):
+        """Set hardware-dependent options: precision of the encoder, tiles that it encodes at once, torch's threads.
 
-        Without arguments it measures for about two seconds which are fastest here, sets them and prints what it found:
-        on some CPUs bfloat16 halves the time of the encoder, on others it takes up to four times as long. "dense" then
-        equals stock up to rounding. A checkpoint loads in the dtype of the text model throughout, so tune after that.
+        Without arguments it measures for two to three seconds which are fastest here, sets them and prints what it
+        found: on some CPUs bfloat16 halves the time of the encoder, on others it takes up to four times as long.
+        "dense" then equals stock up to rounding. A checkpoint loads in the dtype of the text model throughout, so tune
+        after that.
 
         Args:
             vision_dtype: dtype of encoder and connector, converted in place; None leaves it unchanged.
             tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it unchanged.
+            threads: number of threads of torch, `torch.set_num_threads`; None leaves it unchanged. It holds for the
+                whole process, except for Python threads that have used torch before. Only on a CPU it is measured, up
+                to the cores that the process may use, or `OMP_NUM_THREADS`.
+            saved: file for what is fastest, in place of the other arguments: read if it exists, else measured and
+                written.
 
-        Returns the model. Raises ValueError for a dtype that is not floating-point and for less than 1 tile; without
-        arguments, also if weights of the encoder are quantized or offloaded.
+        Returns the model. Raises ValueError for a dtype that is not floating-point and for less than 1 tile or thread;
+        without these, also if weights of the encoder are quantized or offloaded, and if `saved` was measured on
+        another processor, version of torch or architecture.
         """
-        tune_encoder(self.model, vision_dtype, tiles_per_step)
+        tune_encoder(self.model, vision_dtype, tiles_per_step, threads, saved)
         return self
 
     calibrate = calibrate_pointer

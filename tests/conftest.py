@@ -47,6 +47,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a test before may have tuned a model
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,7 @@ def test_a_file_of_the_model_imports_only_files_above_it(name):
         "numbers",
         "os",
         "pathlib",
+        "platform",
     }
     assert outside <= THIRD_PARTY | standard | {"time", "types", "typing", "weakref"}
 

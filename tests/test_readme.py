@@ -37,6 +37,7 @@ from training.studies.canvases import CanvasesArguments, format_canvas_families,
 from training.studies.depth import DepthArguments, format_depth
 from training.studies.depth_speed import DepthSpeedArguments, format_depth_speed, format_questions
 from training.studies.engines import EnginesArguments, format_engines
+from training.studies.growth import GrowthArguments
 from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
@@ -235,6 +236,7 @@ PARSERS = {
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/engines.py": EnginesArguments,
+    "training/studies/growth.py": GrowthArguments,
     "training/studies/guided_speed.py": GuidedSpeedArguments,
     "training/studies/depth.py": DepthArguments,
     "training/studies/depth_speed.py": DepthSpeedArguments,

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import serve
 from PIL import Image
 from serve import Limits, ServeArguments, cut, load, load_served, make_app
 from serve_images import fetch, is_public
@@ -26,6 +27,7 @@ from serve_requests import RequestError
 from serving import serving
 
 from modeling_qgsa import GuidedVLM
+from modeling_qgsa.tuning_qgsa import Tuning
 from training.data.cards import Cards
 
 
@@ -37,10 +39,16 @@ def connect(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory):
+    """The file in which the script keeps its tuning."""
+    return tmp_path_factory.mktemp("tuning") / "tuning.json"
+
+
 @pytest.fixture(scope="module", autouse=True)
-def script():
+def script(tuning):
     """The script, started first: its imports take seconds, in parallel with the tests."""
-    command = [sys.executable, "hub_cards/serve.py", "--port", "0", "--max_pixels", "1000"]
+    command = [sys.executable, "hub_cards/serve.py", "--port", "0", "--max_pixels", "1000", "--tuning", str(tuning)]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
@@ -688,12 +696,23 @@ def test_odd_hosts_are_refused_before_any_lookup(authority):
 # The script
 
 
-def test_the_script_listens_on_loopback_only(script):
+def test_the_script_listens_on_loopback_only(script, tuning):
     url = next(re.findall(r"http://\S+", line)[0] for line in script.stderr if "running on" in line)
     assert url.startswith("http://127.0.0.1:") and script.stdout.readline().startswith("encoder tuned: ")
+    assert Tuning.load(tuning, load(NAME)[0].model).by_threads
     assert connect(url).models.list().data[0].id == NAME
     with pytest.raises(openai.BadRequestError, match="the limit is 1000"):
         connect(url).chat.completions.create(model=NAME, messages=[user("what?", NOISE)])
+
+
+def test_the_script_refuses_a_broken_tuning_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "tuning.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", NAME, "--tuning", str(tmp_path / "tuning.json")])
+    with pytest.raises(SystemExit) as stopped:
+        serve.main()
+    assert re.fullmatch(
+        r"error: .*tuning.json is not a tuning .*; delete the file to measure again", stopped.value.code
+    )
 
 
 def test_arguments():

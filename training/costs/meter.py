@@ -105,7 +105,14 @@ def time_answer(model, process: Callable[[], dict], generate: Callable[[dict], o
 
 
 def peak_memory(device: torch.device, call: Callable[[], object]) -> int:
-    """Peak memory of `call()` in bytes, beyond the memory in use before it.
+    """Peak memory of `call()` in bytes, beyond the memory in use before it; see `watch_memory`."""
+    peak = watch_memory(device)
+    call()
+    return peak()
+
+
+def watch_memory(device: torch.device) -> Callable[[], int]:
+    """Start watching memory; returns a function that tells the peak since then in bytes, beyond the memory in use now.
 
     GPU memory on CUDA; otherwise the resident memory of this process, which requires Linux.
     """
@@ -114,13 +121,11 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, or the call could reuse it at no visible cost
+        return lambda: torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, or a call could reuse it at no visible cost
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    call()
-    return _status("VmHWM") - before
+    return lambda: _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

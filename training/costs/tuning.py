@@ -1,4 +1,4 @@
-"""The fastest precision of both parts of a model, and of the encoder's steps, on this machine."""
+"""The fastest precision of both parts of a model, steps of its encoder, and threads, on this machine."""
 
 from functools import partial
 
@@ -9,14 +9,15 @@ from training.costs.meter import fixed_length, now
 
 
 def tune(model, tokens: int = 1000) -> dict:
-    """Give each part of a QGSA model its fastest precision, and the encoder its fastest step, on this machine.
+    """Give each part of a QGSA model its fastest precision, the encoder its fastest step, and torch its threads.
 
     Args:
         model: changed in place.
         tokens: prompt length to time the text model on, with four new tokens.
 
     Returns:
-        The choice (`vision_dtype`, `tiles_per_step`, `text_dtype`) and the seconds of everything that was tried.
+        The choice (`vision_dtype`, `tiles_per_step`, `threads`, `text_dtype`) and the seconds of everything that was
+        tried.
     """
     ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
     text = {}
@@ -28,14 +29,16 @@ def tune(model, tokens: int = 1000) -> dict:
     model.to(text_dtype)
     encoder = fastest_encoder(model.model)
     step = encoder.tiles_per_step or AT_ONCE  # all 17 tiles of a dense model at once are slower on a CPU
-    model.tune(encoder.vision_dtype, step)
+    model.tune(encoder.vision_dtype, step, encoder.threads)
     return {
         "vision_dtype": name_of(encoder.vision_dtype),
         "tiles_per_step": step,
+        "threads": encoder.threads,
         "text_dtype": name_of(text_dtype),
         "seconds_per_tile_and_layer": {
             "by_dtype": [[name_of(dtype), seconds] for dtype, seconds in encoder.by_dtype.items()],
             "by_step": [[step, seconds] for step, seconds in encoder.by_step.items()],
+            "by_threads": [[number, seconds] for number, seconds in encoder.by_threads.items()],
         },
         f"seconds_of_{tokens}_tokens": [[name_of(dtype), seconds] for dtype, seconds in text.items()],
     }
