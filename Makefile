@@ -43,7 +43,7 @@ OPENVINO = .venv-engines/bin/optimum-cli export openvino --model $(@D)/plain --t
 
 outputs/engine_files/%/done: .venv-engines/installed
 	rm -rf $(@D)
-	$(EXPORT) --format onnx --output_dir $(@D)/onnx
+	$(EXPORT) --format onnx --onnx_pointers attention selector --glance_downscale 2 --output_dir $(@D)/onnx
 	$(EXPORT) --format idefics3 --output_dir $(@D)/plain
 	$(OPENVINO) --weight-format fp32 $(@D)/openvino-fp32
 	$(OPENVINO) --weight-format int8 $(@D)/openvino-int8

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
-from modeling_qgsa.configuration_qgsa import AUTO_MAP
+from modeling_qgsa.configuration_qgsa import AUTO_MAP, POINTERS
 from modeling_qgsa.conversion_qgsa import OWN_WEIGHTS, marker_ids
 from training.cli.arguments import check_source, errors_in_one_line, parse
 from training.evaluation.card import CardContent, budgets_in_words, pointer_share, write_card
@@ -114,6 +115,18 @@ class ExportArguments:
         default_factory=lambda: ["fp32", "int8"],
         metadata={"help": f"Precisions of the graphs of --format onnx, some of {', '.join(VARIANTS)}."},
     )
+    onnx_pointers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Pointers that get graphs, some of {', '.join(POINTERS)}; by default the configured one alone."
+        },
+    )
+    glance_downscale: int | None = field(
+        default=None,
+        metadata={
+            "help": "By how much the global view of an image with tiles is scaled down; by default as configured."
+        },
+    )
     processor: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder of the published processor files; by default those of the base model."},
@@ -137,7 +150,7 @@ def export(run: ExportArguments):
     if run.format not in FORMATS:
         raise ValueError(f"format ({run.format!r}) must be one of {', '.join(FORMATS)}")
     if run.format == "onnx":
-        check_onnx(run.onnx_variants)
+        check_onnx(run.onnx_variants, run.onnx_pointers)
     output = Path(run.output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output_dir ({output}) must be empty or not exist: choose another folder")
@@ -172,11 +185,12 @@ def export(run: ExportArguments):
         staged.rename(output)
 
 
-def check_onnx(variants: list[str]):
-    """Raise ValueError for an unknown variant or a missing package, before anything is computed."""
-    for variant in variants or [""]:
-        if variant not in VARIANTS:
-            raise ValueError(f"onnx_variants ({variant!r}): choose from {', '.join(VARIANTS)}")
+def check_onnx(variants: list[str], pointers: list[str]):
+    """Raise ValueError for an unknown variant or pointer or a missing package, before anything is computed."""
+    for name, given, known in (("variants", variants or [""], VARIANTS), ("pointers", pointers, POINTERS)):
+        for each in given:
+            if each not in known:
+                raise ValueError(f"onnx_{name} ({each!r}): choose from {', '.join(known)}")
     missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(f"format ('onnx') needs {' and '.join(missing)}: pip install -e '.[onnx]'")
@@ -186,7 +200,7 @@ def add_onnx(run: ExportArguments, model: QGSASmolVLMForConditionalGeneration, f
     """Add the graphs of the model, the code that runs them, and a section of the card."""
     from export_onnx import export_graphs  # needs packages that the other formats do not
 
-    export_graphs(model, folder / "onnx", run.onnx_variants)
+    export_graphs(model, folder / "onnx", run.onnx_variants, run.onnx_pointers)
     (folder / "qgsa_onnx").mkdir()
     for path in (HERE / "qgsa_onnx").glob("*.py"):
         shutil.copyfile(path, folder / "qgsa_onnx" / path.name)
@@ -218,12 +232,18 @@ def has_selector(model: str) -> bool:
 def load(run: ExportArguments) -> QGSASmolVLMForConditionalGeneration:
     """Load the QGSA model; one that is made from a dense checkpoint points with its attention."""
     if has_selector(run.model):
-        return QGSASmolVLMForConditionalGeneration.from_pretrained(run.model)
-    if not run.random_weights:
-        return QGSASmolVLMForConditionalGeneration.from_dense(run.model)
-    dense = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run.model))
-    tokenizer = QGSAProcessor.from_pretrained(run.model).tokenizer
-    return QGSASmolVLMForConditionalGeneration.from_dense(dense, tokenizer)
+        model = QGSASmolVLMForConditionalGeneration.from_pretrained(run.model)
+    elif not run.random_weights:
+        model = QGSASmolVLMForConditionalGeneration.from_dense(run.model)
+    else:
+        dense = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(run.model))
+        tokenizer = QGSAProcessor.from_pretrained(run.model).tokenizer
+        model = QGSASmolVLMForConditionalGeneration.from_dense(dense, tokenizer)
+        torch.nn.init.normal_(model.model.selector.cell_position, std=0.02)  # stands in for a trained one
+    if run.glance_downscale is not None:
+        model.config.glance_downscale = run.glance_downscale
+        model.config.validate_sizes()
+    return model
 
 
 def to_plain(model: QGSASmolVLMForConditionalGeneration, architecture: str):

@@ -8,8 +8,11 @@ HuggingFaceTB/SmolVLM-256M-Instruct for onnxruntime feeds. The published files t
     embed_tokens          input_ids -> inputs_embeds
     decoder_model_merged  inputs_embeds, attention_mask, position_ids, past_key_values.* -> logits, present.*
 
-The pointer of the checkpoint adds graphs of our own:
+Ours are the encoder over blocks of tiles, the one over glances that are scaled down (`config.glance_downscale`), and
+those of the pointers:
 
+    block_encoder         pixel_blocks, patch_numbers, tile_numbers -> image_features
+    glance_encoder        pixel_values -> image_features
     attention_pointer     inputs_embeds, position_ids, rows -> attention
     selector              question_embeds, glance -> relevance, question_state, complexity_logits
     selector_match        question_state, image_features, is_global -> scores
@@ -30,10 +33,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.attention_qgsa import row_attention
 from modeling_qgsa.pointer_qgsa import attention_layers
+from modeling_qgsa.vision_qgsa import patch_numbers
 
 
 OPSET = 17  # the first with LayerNormalization
@@ -76,6 +81,54 @@ class VisionEncoder(nn.Module):
         hidden = hidden + embeddings.position_embedding(self.patches)
         hidden = self.vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
         return self.connector(self.vision.post_layernorm(hidden))
+
+
+class GlanceEncoder(nn.Module):
+    """Encoder and connector over global views that are scaled down, see `encode_scaled_down`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.vision, self.connector = model.vision_model, model.connector
+        side, self.scale = model.config.patches_per_side, model.config.glance_downscale
+        patches = torch.arange(side**2).view(side, side)[:: self.scale, :: self.scale].flatten()
+        self.register_buffer("patches", patches[None], persistent=False)
+        self.seen = side // self.scale
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features `(images, P, D)` of whole global views, `(images, 3, S, S)`."""
+        embeddings, encoder = self.vision.embeddings, self.vision.encoder
+        hidden = embeddings.patch_embedding(avg_pool2d(pixel_values, self.scale)).flatten(2).transpose(1, 2)
+        hidden = hidden + embeddings.position_embedding(self.patches)
+        hidden = self.vision.post_layernorm(encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
+        states = hidden.view(-1, self.seen, 1, self.seen, 1, hidden.shape[-1])
+        states = states.expand(-1, -1, self.scale, -1, self.scale, -1)
+        return self.connector(states.reshape(-1, (self.seen * self.scale) ** 2, hidden.shape[-1]))
+
+
+class BlockEncoder(nn.Module):
+    """Encoder and connector over some blocks of the tiles of an image, see `encode_blocks`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.vision, self.connector = model.vision_model, model.connector
+        self.patches = model.config.scale_factor**2
+
+    def forward(self, pixel_blocks, patch_numbers, tile_numbers) -> torch.Tensor:
+        """Features `(blocks, D)`.
+
+        Args:
+            pixel_blocks: `(blocks, 3, side, side)`, the pixels of a visual token each.
+            patch_numbers: `(blocks, scale_factor ** 2)` int64, the number of every patch within its tile.
+            tile_numbers: `(blocks,)` int64; patches attend to those of their own tile.
+        """
+        embeddings = self.vision.embeddings
+        hidden = embeddings.patch_embedding(pixel_blocks).flatten(2).transpose(1, 2)
+        hidden = (hidden + embeddings.position_embedding(patch_numbers)).reshape(1, -1, hidden.shape[-1])
+        owner = tile_numbers[:, None].expand(-1, self.patches).reshape(-1)
+        mask = torch.where(owner[:, None] == owner, 0.0, torch.finfo(torch.float32).min)[None, None]
+        hidden = self.vision.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        hidden = self.vision.post_layernorm(hidden)
+        return self.connector.modality_projection(hidden.reshape(-1, self.patches * hidden.shape[-1]))
 
 
 class TracedCache:
@@ -182,8 +235,8 @@ class SelectorMatch(nn.Module):
         return self.selector.match_tokens(question_state, image_features, is_global)
 
 
-def graphs_of(model: QGSASmolVLMForConditionalGeneration) -> dict[str, Graph]:
-    """The graphs of a checkpoint by file name: those of the published repositories, and those of its pointer."""
+def graphs_of(model: QGSASmolVLMForConditionalGeneration, pointers: list[str]) -> dict[str, Graph]:
+    """The graphs of a checkpoint by file name: those of the published repositories, and ours."""
     base, text = model.model, model.config.text_config
     embeds, positions = torch.randn(2, 5, text.hidden_size), torch.arange(5).expand(2, 5)
     head = torch.randn(2, text.num_key_value_heads, 3, text.head_dim)
@@ -207,14 +260,34 @@ def graphs_of(model: QGSASmolVLMForConditionalGeneration) -> dict[str, Graph]:
             | {f"past_key_values.{name}": {0: "batch", 2: "past"} for name in cache},
             {"logits": prompt} | {f"present.{name}": {0: "batch", 2: "total"} for name in cache},
         ),
-        **pointer_graphs(model, embeds, positions),
+        **part_graphs(base, pixels[0]),
+        **{name: graph for each in pointers for name, graph in pointer_graphs(model, each, embeds, positions).items()},
     }
 
 
-def pointer_graphs(model, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, Graph]:
-    """The graphs of the configured pointer, with an example of word embeddings `(2, 5, D)` and their positions."""
+def part_graphs(model, pixels: torch.Tensor) -> dict[str, Graph]:
+    """The encoder over blocks, and over a glance that is scaled down, with an example of tiles `(2, 3, S, S)`."""
+    config = model.config
+    side, numbers = config.scale_factor * config.vision_config.patch_size, patch_numbers(1, config.scale_factor, None)
+    blocks, images = {0: "blocks"}, {0: "images"}
+    graphs = {
+        "block_encoder": Graph(
+            BlockEncoder(model),
+            (pixels[:, :, :side, :side].repeat(2, 1, 1, 1), numbers.repeat(4, 1), torch.tensor([0, 0, 0, 1])),
+            {"pixel_blocks": blocks, "patch_numbers": blocks, "tile_numbers": blocks},
+            {"image_features": blocks},
+        )
+    }
+    if config.glance_downscale > 1:
+        glance = Graph(GlanceEncoder(model), (pixels,), {"pixel_values": images}, {"image_features": images})
+        graphs["glance_encoder"] = glance
+    return graphs
+
+
+def pointer_graphs(model, pointer: str, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, Graph]:
+    """The graphs of a pointer, with an example of word embeddings `(2, 5, D)` and their positions."""
     config, base = model.config, model.model
-    if config.pointer == "attention":
+    if pointer == "attention":
         weights = config.attention_weights
         layers = attention_layers(config.text_config.num_hidden_layers) if weights is None else len(weights)
         prompt = {0: "batch", 1: "sequence"}
@@ -243,8 +316,13 @@ def pointer_graphs(model, embeds: torch.Tensor, positions: torch.Tensor) -> dict
     }
 
 
-def export_graphs(model: QGSASmolVLMForConditionalGeneration, folder: Path, variants: list[str]):
+def export_graphs(
+    model: QGSASmolVLMForConditionalGeneration, folder: Path, variants: list[str], pointers: list[str] | None = None
+):
     """Write every graph of `model` to `folder`, once per variant; the model is then in float32 and eager attention.
+
+    Args:
+        pointers: those that get graphs; by default the configured one.
 
     Raises ValueError if a graph is too large for a file, the selector that points was never trained, vision does not
     take part in every layer of the text model, or counts are exact or positions compact.
@@ -253,20 +331,16 @@ def export_graphs(model: QGSASmolVLMForConditionalGeneration, folder: Path, vari
         raise ValueError(
             "format ('onnx'): in the graphs all layers are full: set vision_layers to None and vision_policy to False"
         )
-    if model.config.glance_downscale > 1:
-        raise ValueError(
-            f"format ('onnx'): the graphs encode whole tiles: set glance_downscale ({model.config.glance_downscale}) "
-            "to 1"
-        )
     if model.config.positions_per_image is not None or model.config.positions != "original":
         raise ValueError(
             "format ('onnx'): its runtime has neither exact counts nor compact positions: set positions_per_image to "
             "None and positions to 'original'"
         )
-    if model.config.pointer == "selector":
+    pointers = pointers or [model.config.pointer]
+    if "selector" in pointers:
         model.model.selector.check_trained()
     model.set_attn_implementation("eager")  # plain products and softmax, which every runtime and quantizer reads
-    graphs = graphs_of(model.float().eval())
+    graphs = graphs_of(model.float().eval(), pointers)
     for name, graph in graphs.items():
         size = sum(weight.numel() for weight in graph.module.parameters()) * 4
         if size >= MAX_BYTES:
@@ -319,13 +393,18 @@ def to_half(source: Path, target: Path):
 
 
 def to_int8(source: Path, target: Path):
-    """Weights of matrix products and embeddings in int8, by channel; activations are quantized as they come."""
+    """Weights of matrix products and embeddings in int8, by channel; activations are quantized as they come.
+
+    Embeddings of positions stay in float32: there are few, and they would get one scale for all.
+    """
+    positions = [node.name for node in onnx.load(source).graph.node if "position_embedding" in node.name]
     quantize_dynamic(
         source,
         target,
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         per_channel=True,
         weight_type=QuantType.QInt8,
+        nodes_to_exclude=positions,
     )
 
 

@@ -178,10 +178,25 @@ class Prompt:
         """Rows and columns into which the image of each tile is cut, at least 1, `(T, 2)` int64."""
         return np.maximum(np.array([image.grid for image in self.images]).reshape(-1, 2), 1)[self.tile_image]
 
+    @property
+    def has_tiles(self) -> np.ndarray:
+        """Whether the image of each tile is more than its global view, `(T,)` bool."""
+        return self.parts.prod(1) > 1
+
     def pixels(self, tile: int) -> np.ndarray:
         """Pixels of a tile, `(3, S, S)` float32."""
         first = int(np.searchsorted(self.tile_image, self.tile_image[tile]))
         return self.images[self.tile_image[tile]].cut(tile - first)
+
+    def pixel_blocks(self, tile: int, block: np.ndarray, size: int) -> np.ndarray:
+        """Pixels of some blocks of a tile, `(n, 3, size, size)` float32; there is one block per visual token.
+
+        Args:
+            block: `(n,)` int64, the number of each in the tile, row by row.
+        """
+        pixels, side = self.pixels(tile), round(self.token_positions.shape[1] ** 0.5)
+        pixels = pixels[:, : side * size, : side * size]  # the rest lies beyond the last whole patch
+        return pixels.reshape(3, side, size, side, size)[:, block // side, :, block % side]
 
     def keep(self, kept: np.ndarray, markers_stay: bool = False) -> np.ndarray:
         """Positions to keep, `(K,)` int64, given the visual tokens `kept` `(T, P)` bool.
@@ -193,6 +208,17 @@ class Prompt:
         stays = marked[self.tile_of_position]
         stays[self.token_positions] = kept
         return np.flatnonzero(stays)
+
+
+def patch_numbers(side: int, scale: int) -> np.ndarray:
+    """Number, within its tile, of every patch of every block, `(side ** 2, scale ** 2)` int64.
+
+    Args:
+        side: blocks along a tile.
+        scale: patches along a block.
+    """
+    grid = np.arange((side * scale) ** 2).reshape(side, scale, side, scale)
+    return grid.swapaxes(1, 2).reshape(side**2, scale**2)
 
 
 def find_sequence(ids: np.ndarray, sequence: list[int]) -> np.ndarray:

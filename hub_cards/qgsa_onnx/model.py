@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .inputs import FAKE, IMAGE, Prompt, TiledImage, covered_by, find_question
+from .inputs import FAKE, IMAGE, Prompt, TiledImage, covered_by, find_question, patch_numbers
 from .selection import (
     Budget,
     Pointing,
@@ -19,6 +19,7 @@ from .selection import (
     read_attention,
     tile_relevance,
     token_cells,
+    token_relevance,
     top_k_per_image,
 )
 
@@ -35,7 +36,14 @@ POINTER_GRAPHS = {None: (), "attention": ("attention_pointer",), "selector": ("s
 GLANCE_FIRST = np.float32(1e3)  # more than any two log-probabilities differ by
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # Fields of QGSAConfig for a published checkpoint, as by `from_dense`, but without a pointer.
-PUBLISHED = {"selection": "before_encoder", "min_tiles": 0, "max_tiles": 4, "keep_tile_markers": True, "pointer": None}
+PUBLISHED = {
+    "selection": "before_encoder",
+    "min_tiles": 0,
+    "max_tiles": 4,
+    "keep_tile_markers": True,
+    "pointer": None,
+    "glance_downscale": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,10 @@ class Selection:
     """What was looked at and what was kept.
 
     Args:
-        tiles: `(T,)` bool, the encoded tiles, global views included.
+        tiles: `(T,)` bool, the encoded tiles, global views included; of "blocks" also those encoded in part.
         kept: `(T, P)` bool, the visual tokens kept.
         relevance: `(I, C)` float32, probabilities of the cells of the glance.
-        features: `(T, P, D)` float32, of the encoded tiles; 0 elsewhere.
+        features: `(T, P, D)` float32, of the encoded tiles or blocks; 0 elsewhere.
     """
 
     tiles: np.ndarray
@@ -76,10 +84,10 @@ class OnnxModel:
     """
 
     def __init__(self, folder: str | Path, variant: str = "fp32", **session: Any):
-        folder = Path(folder)
+        folder = self.folder = Path(folder)
         if variant not in SUFFIXES:
             raise ValueError(f"variant ({variant!r}): choose from {', '.join(SUFFIXES)}")
-        self.config = read_config(folder)
+        self.variant, self.config = variant, read_config(folder)
         self.settings = read_json(folder, "preprocessor_config.json")
         eos = read_json(folder, "generation_config.json")["eos_token_id"]
         self.stops = {eos} if isinstance(eos, int) else set(eos)
@@ -87,12 +95,15 @@ class OnnxModel:
         for token in (IMAGE, FAKE):
             if self.tokenizer.token_to_id(token) is None:
                 raise ValueError(f"folder ({folder}) has a tokenizer without {token}: give one of SmolVLM")
-        names = (*GRAPHS, *POINTER_GRAPHS[self.config["pointer"]])
-        paths = {name: existing(folder, f"onnx/{name}{SUFFIXES[variant]}.onnx") for name in names}
         options = onnxruntime.SessionOptions()  # the idle threads of one graph must not spin while another one runs
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = {"sess_options": options} | session
-        self.sessions = {name: onnxruntime.InferenceSession(path, **session) for name, path in paths.items()}
+        self.options, self.sessions = {"sess_options": options} | session, {}
+        names = [*GRAPHS, *POINTER_GRAPHS[self.config["pointer"]]]
+        names += ["glance_encoder"] * (self.config["glance_downscale"] > 1)
+        for name in names:  # before any of them is loaded
+            existing(folder, self.path(name))
+        for name in names:
+            self.session(name)
 
     def generate(
         self,
@@ -109,13 +120,19 @@ class OnnxModel:
             images: PIL images; may be empty.
             visual_token_scores: `(N,)`, scores of all visual tokens in prompt order, global views included, in place
                 of the pointer's. The score of a tile is the highest of its tokens.
-            budget: selection ("before_encoder" or "dense"), min_tiles, max_tiles, min_visual_tokens and
-                max_visual_tokens override the configuration.
+            budget: selection ("before_encoder", "blocks" or "dense"), min_tiles, max_tiles, min_visual_tokens and
+                max_visual_tokens override the configuration; max_image_tokens is one number in place of the limits,
+                see `Budget.limited_to`.
 
         Raises ValueError if prompt, images, scores or budget do not fit together, or nothing tells where to look;
         TypeError for an argument of the wrong type.
         """
         limits = Budget.of(self.config, budget)
+        if limits.selection == "blocks" and not (self.folder / self.path("block_encoder")).is_file():
+            raise ValueError(
+                f'selection ("blocks"): {self.folder} has no {self.path("block_encoder")}: export it again, or choose '
+                "before_encoder or dense"
+            )
         cut = [TiledImage.of(image, self.settings) for image in images]
         inputs = Prompt.of(self.tokenizer, prompt, cut, self.config["tokens_per_tile"])
         scores = self.check_scores(inputs, limits, visual_token_scores)
@@ -141,7 +158,7 @@ class OnnxModel:
         tiles, everything = np.ones(len(is_global), bool), np.ones(features.shape[:2], bool)
         question, answer = find_question(prompt, config) if config["pointer"] else (everything, 0)
         if limits.selection == "dense" or not prompt.images or (scores is None and not question.any()):
-            features[:] = self.encode(prompt, tiles)
+            features[:] = self.encode(prompt, tiles, scaled=limits.selection != "dense")
             return Selection(tiles, everything, np.exp(pointing.relevance), features)
         # glance, point
         features[is_global] = glance = self.encode(prompt, is_global)
@@ -153,15 +170,20 @@ class OnnxModel:
         m, k = limits.resolve(pointing.complexity)
         # look
         of_tiles = tile_relevance(np.exp(pointing.relevance), prompt) if scores is None else scores.max(1)
-        looked = top_k_per_image(of_tiles, ~is_global, prompt, m)
-        features[looked] = self.encode(prompt, looked)
-        tiles = looked | is_global
+        looked = everything & top_k_per_image(of_tiles, ~is_global, prompt, m)[:, None]
+        if limits.selection == "blocks":
+            of_places = token_relevance(pointing.relevance, prompt) if scores is None else scores
+            looked = top_k_per_image(of_places, looked, prompt, k)
+        whole = looked.all(1)
+        features[whole], part = self.encode(prompt, whole), looked & ~whole[:, None]
+        features[part] = self.encode_blocks(prompt, part)
+        looked |= is_global[:, None]
         # keep
         if scores is None:
             places = np.take_along_axis(pointing.relevance[prompt.tile_image], token_cells(prompt), axis=1)
             scores = places + self.match(prompt, limits, pointing, features)
-        kept = top_k_per_image(scores, everything & tiles[:, None], prompt, k)
-        return Selection(tiles, kept, np.exp(pointing.relevance), features)
+        kept = top_k_per_image(scores, looked, prompt, k)
+        return Selection(looked.any(1), kept, np.exp(pointing.relevance), features)
 
     def decode(self, embeds: np.ndarray, positions: np.ndarray, max_new_tokens: int) -> Iterator[int]:
         """Token ids of the answer, up to and including a stop token.
@@ -247,19 +269,50 @@ class OnnxModel:
         """Word embeddings of `ids` `(L,)`: `(L, D)` float32."""
         return self.run("embed_tokens", input_ids=ids[None])[0][0].astype(np.float32)
 
-    def encode(self, prompt: Prompt, tiles: np.ndarray) -> np.ndarray:
-        """Features of the chosen `tiles` `(T,)` bool, `(n, P, D)` float32; on CPUs, one by one is faster than all."""
+    def encode(self, prompt: Prompt, tiles: np.ndarray, scaled: bool = True) -> np.ndarray:
+        """Features of the chosen `tiles` `(T,)` bool, `(n, P, D)` float32; on CPUs, one by one is faster than all.
+
+        Args:
+            scaled: whether the global views of images that have tiles are scaled down by `config.glance_downscale`.
+        """
+        smaller = prompt.is_global & prompt.has_tiles & scaled & (self.config["glance_downscale"] > 1)
         encoded = []
         for tile in np.flatnonzero(tiles).tolist():
-            pixels = prompt.pixels(tile)[None, None]
-            shown = np.ones((1, 1, *pixels.shape[-2:]), bool)
-            encoded += self.run("vision_encoder", pixel_values=pixels, pixel_attention_mask=shown)
+            pixels = prompt.pixels(tile)[None]
+            if smaller[tile]:
+                encoded += self.run("glance_encoder", pixel_values=pixels)
+            else:
+                shown = np.ones((1, 1, *pixels.shape[-2:]), bool)
+                encoded += self.run("vision_encoder", pixel_values=pixels[None], pixel_attention_mask=shown)
         width = self.config["text_config"]["hidden_size"]
         return np.array(encoded, np.float32).reshape(-1, self.config["tokens_per_tile"], width)
 
+    def encode_blocks(self, prompt: Prompt, chosen: np.ndarray) -> np.ndarray:
+        """Features of the `chosen` blocks of tiles, `(T, P)` bool, `(n, D)` float32; those of an image together."""
+        scale, encoded = self.config["scale_factor"], []
+        size = scale * self.config["vision_config"]["patch_size"]
+        numbers = patch_numbers(round(chosen.shape[1] ** 0.5), scale)
+        for image in np.unique(prompt.tile_image[chosen.any(1)]):
+            tile, block = np.nonzero(chosen & (prompt.tile_image == image)[:, None])
+            pixels = [prompt.pixel_blocks(each, block[tile == each], size) for each in np.unique(tile)]
+            feeds = {"pixel_blocks": np.concatenate(pixels), "patch_numbers": numbers[block], "tile_numbers": tile}
+            encoded += self.run("block_encoder", **feeds)
+        return np.concatenate(encoded or [np.zeros((0, self.config["text_config"]["hidden_size"]))]).astype(np.float32)
+
+    def path(self, name: str) -> str:
+        """The file of a graph, relative to the folder."""
+        return f"onnx/{name}{SUFFIXES[self.variant]}.onnx"
+
+    def session(self, name: str) -> onnxruntime.InferenceSession:
+        """The session of a graph; those that not every call needs are loaded when they are first needed."""
+        if name not in self.sessions:
+            path = existing(self.folder, self.path(name))
+            self.sessions[name] = onnxruntime.InferenceSession(path, **self.options)
+        return self.sessions[name]
+
     def run(self, name: str, **feeds: np.ndarray) -> list[np.ndarray]:
         """Outputs of a graph, which takes those of the `feeds` that it has inputs for, in its own float types."""
-        session = self.sessions[name]
+        session = self.session(name)
         inputs = {each.name: (feeds[each.name], each.type) for each in session.get_inputs()}
         return session.run(
             None,
@@ -273,8 +326,8 @@ class OnnxModel:
             return None
         if "position_ids" not in positioned:
             raise ValueError(
-                "selection ('before_encoder'): the decoder has no position_ids, and counts what is kept: export it "
-                "again, or use selection='dense'"
+                f"selection ({limits.selection!r}): the decoder has no position_ids, and counts what is kept: export "
+                "it again, or use selection='dense'"
             )
         if scores is None:
             if self.config["pointer"] is None and limits.max_tiles:

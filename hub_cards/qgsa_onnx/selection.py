@@ -4,11 +4,16 @@ Pure functions on arrays, with the results of their namesakes in `modeling_qgsa`
 """
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .inputs import Prompt
+
+
+MAX_BUDGET = 2**31 - 1  # effectively "keep everything"
+SELECTIONS = ("before_encoder", "blocks", "dense")
 
 
 @dataclass(frozen=True)
@@ -23,28 +28,74 @@ class Budget:
 
     @classmethod
     def of(cls, config: dict, overrides: dict[str, Any]) -> "Budget":
-        """The configured budget with the overrides of one call.
+        """The configured budget with the overrides of one call; None keeps the configured value.
+
+        Args:
+            overrides: fields, and `max_image_tokens`, see `limited_to`.
 
         Raises ValueError if it is out of range, TypeError for an unknown field.
         """
         names = [each.name for each in fields(cls)]
-        unknown = sorted(overrides.keys() - set(names))
+        unknown = sorted(overrides.keys() - {"max_image_tokens", *names})
         if unknown:
             raise TypeError(f"generate() got unexpected arguments: {', '.join(unknown)}")
-        budget = replace(cls(**{name: config[name] for name in names}), **overrides)
-        if budget.selection not in ("before_encoder", "dense"):
+        given = {name: value for name, value in overrides.items() if value is not None}
+        number, budget = given.pop("max_image_tokens", None), cls(**{name: config[name] for name in names})
+        if number is not None:
+            budget = budget.limited_to(number, config["tokens_per_tile"], given)
+        budget = replace(budget, **given)
+        budget.check()
+        return budget
+
+    def limited_to(self, max_image_tokens: int, tokens_per_tile: int, given: dict[str, Any]) -> "Budget":
+        """This budget with at most `max_image_tokens` visual tokens, and tiles in proportion to them.
+
+        There are at least as many tiles as can deliver so many tokens together with the global view.
+
+        Args:
+            given: fields that the call sets besides.
+
+        Raises ValueError if the number is out of range, or contradicts what is given.
+        """
+        number = max_image_tokens
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 1 <= number <= MAX_BUDGET:
+            raise ValueError(f"max_image_tokens ({number!r}) must be an integer of 1 to {MAX_BUDGET}")
+        if given.get("selection", self.selection) == "dense":
+            raise ValueError(f'max_image_tokens ({number}): not available with selection "dense", which keeps all')
+        fill, proportion = -(-number // tokens_per_tile) - 1, -(-number * self.max_tiles // self.max_visual_tokens)
+        tiles = min(max(fill, proportion), MAX_BUDGET)
+        for name, most in {"max_visual_tokens": number, "min_visual_tokens": number, "min_tiles": tiles}.items():
+            value = given.get(name)
+            if isinstance(value, Integral) and (value > most or name == "max_visual_tokens"):
+                raise ValueError(
+                    f"max_image_tokens ({number}, at most {tiles} tiles) contradicts {name} ({value}): give one of "
+                    "them"
+                )
+        return replace(
+            self,
+            min_visual_tokens=min(self.min_visual_tokens, number),
+            max_visual_tokens=number,
+            min_tiles=min(self.min_tiles, tiles),
+            max_tiles=tiles,
+        )
+
+    def check(self):
+        """Raise ValueError, naming the field and both numbers, if the budget is out of range."""
+        if self.selection not in SELECTIONS:
             raise ValueError(
-                f"selection ({budget.selection!r}): choose from before_encoder, dense; the others need torch"
+                f"selection ({self.selection!r}): choose from {', '.join(SELECTIONS)}; the others need torch"
             )
         for name, low, high, least in (
-            ("visual_tokens", budget.min_visual_tokens, budget.max_visual_tokens, 1),
-            ("tiles", budget.min_tiles, budget.max_tiles, 0),
+            ("visual_tokens", self.min_visual_tokens, self.max_visual_tokens, 1),
+            ("tiles", self.min_tiles, self.max_tiles, 0),
         ):
+            for end, number in (("min", low), ("max", high)):
+                if isinstance(number, bool) or not isinstance(number, Integral) or number > MAX_BUDGET:
+                    raise ValueError(f"{end}_{name} ({number!r}) must be an integer of at most {MAX_BUDGET}")
             if low < least:
                 raise ValueError(f"min_{name} ({low}) must be at least {least}")
             if low > high:
                 raise ValueError(f"min_{name} ({low}) must not exceed max_{name} ({high})")
-        return budget
 
     @property
     def is_fixed(self) -> bool:
@@ -154,14 +205,38 @@ def tile_relevance(relevance: np.ndarray, prompt: Prompt) -> np.ndarray:
     return np.einsum("tij,ti,tj->t", relevance.reshape(-1, side, side)[prompt.tile_image], *overlaps)
 
 
+def token_centres(prompt: Prompt, axis: int) -> np.ndarray:
+    """Centres of the token rows (`axis` 0) or columns (1) of every tile, in cells of the glance, `(T, side)`."""
+    side, index = round(prompt.token_positions.shape[1] ** 0.5), (prompt.tile_row, prompt.tile_column)[axis]
+    parts = np.where(prompt.is_global, 1, prompt.parts[:, axis])[:, None]
+    return (np.maximum(index, 0)[:, None] * side + np.arange(side) + 0.5) / parts
+
+
 def token_cells(prompt: Prompt) -> np.ndarray:
     """The cell of the glance at the centre of every visual token, `(T, P)` int64; a glance token's is its own."""
-    side, cells = round(prompt.token_positions.shape[1] ** 0.5), []
-    for axis, index in enumerate((prompt.tile_row, prompt.tile_column)):
-        parts = np.where(prompt.is_global, 1, prompt.parts[:, axis])[:, None]
-        centre = (np.maximum(index, 0)[:, None] * side + np.arange(side) + 0.5) / parts
-        cells.append(np.minimum(centre.astype(np.int64), side - 1))
-    return (cells[0][:, :, None] * side + cells[1][:, None, :]).reshape(prompt.token_positions.shape)
+    side = round(prompt.token_positions.shape[1] ** 0.5)
+    row, column = (np.minimum(token_centres(prompt, axis).astype(np.int64), side - 1) for axis in (0, 1))
+    return (row[:, :, None] * side + column[:, None, :]).reshape(prompt.token_positions.shape)
+
+
+def token_relevance(relevance: np.ndarray, prompt: Prompt) -> np.ndarray:
+    """The relevance map at the centre of every visual token, `(T, P)`, interpolated between the centres of cells.
+
+    Args:
+        relevance: `(I, C)` float32, log-probabilities of the cells of the glance.
+    """
+    side, shape = round(relevance.shape[1] ** 0.5), prompt.token_positions.shape
+    maps, ends = relevance.reshape(-1, side, side)[prompt.tile_image], []
+    for axis in (0, 1):
+        place = np.clip(token_centres(prompt, axis) - 0.5, 0, side - 1).astype(np.float32)
+        low = place.astype(np.int64)
+        ends.append((low, np.minimum(low + 1, side - 1), place - low.astype(np.float32)))
+    tile, (top, bottom, down), (left, right, across) = np.arange(shape[0])[:, None, None], *ends
+    upper, lower, down, across = top[:, :, None], bottom[:, :, None], down[:, :, None], across[:, None, :]
+    left, right = left[:, None, :], right[:, None, :]
+    above = maps[tile, upper, left] * (1 - across) + maps[tile, upper, right] * across
+    below = maps[tile, lower, left] * (1 - across) + maps[tile, lower, right] * across
+    return (above * (1 - down) + below * down).reshape(shape)
 
 
 def top_k_per_image(scores: np.ndarray, candidates: np.ndarray, prompt: Prompt, k: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.attention_qgsa import attention_of_rows
+from modeling_qgsa.vision_qgsa import blocks_of_tiles, encode_blocks, encode_scaled_down, patch_numbers
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
@@ -30,7 +31,7 @@ def exported(make_model, tmp_path_factory):
     """Makes the graphs of a random model with its pointer: the model and a function that runs a graph."""
 
     def make(pointer):
-        folder, model = tmp_path_factory.mktemp("graphs") / "onnx", make_model(pointer=pointer)
+        folder, model = tmp_path_factory.mktemp("graphs") / "onnx", make_model(pointer=pointer, glance_downscale=2)
         export_onnx.export_graphs(model, folder, ["fp32"])
 
         def run(name, **feeds):
@@ -57,6 +58,29 @@ def test_the_encoder_leaves_padding_out(tiles, exported, batch):
     with torch.no_grad():
         expected = model.model.get_image_features(pixels, mask, return_dict=True).pooler_output
     assert_close(features.reshape(-1, 32), torch.cat(list(expected)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [(1,), (16,), (5, 1), (0, 16, 3)])
+def test_the_block_graph_encodes_any_number_of_blocks_of_any_tiles(counts, exported, batch):
+    model, run = exported["attention"]
+    pixels = batch["pixel_values"][0, : len(counts)]
+    chosen = torch.rand(len(counts), 16).argsort(1).argsort(1) < torch.tensor(counts)[:, None]
+    tile, block = chosen.nonzero(as_tuple=True)
+    feeds = {"pixel_blocks": blocks_of_tiles(pixels, 4)[tile, block], "tile_numbers": 3 * tile}
+    (features,) = run("block_encoder", **feeds, patch_numbers=patch_numbers(4, 2, None)[block])
+    base, image = model.model, torch.zeros(len(counts), dtype=torch.long)
+    assert_close(features, encode_blocks(base.vision_model, base.connector, pixels, chosen, image, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_glance_graph_sees_a_smaller_view(images, exported, batch):
+    model, run = exported["attention"]
+    pixels = batch["pixel_values"][0, :images]
+    (features,) = run("glance_encoder", pixel_values=pixels)
+    assert features.shape == (images, 16, 32)
+    assert_close(features, encode_scaled_down(model.model, pixels, None))
 
 
 @torch.no_grad()
@@ -116,7 +140,7 @@ def inputs_of(path):
 def test_the_folder_has_the_published_layout(tmp_path):
     output = tmp_path / "out"
     export.export(export.ExportArguments(str(DENSE), str(output), "onnx", list(export.VARIANTS)))
-    names = {"vision_encoder", "embed_tokens", "decoder_model_merged", "attention_pointer"}
+    names = {"vision_encoder", "embed_tokens", "decoder_model_merged", "block_encoder", "attention_pointer"}
     assert set(export.VARIANTS) == {"fp32", *export_onnx.CONVERT}
     suffixes = ["", *(f"_{variant}" for variant in export_onnx.CONVERT)]
     assert {path.name for path in (output / "onnx").iterdir()} == {f"{n}{s}.onnx" for n in names for s in suffixes}
@@ -139,8 +163,40 @@ def test_the_folder_has_the_published_layout(tmp_path):
 
 def test_only_the_chosen_variants_are_written(tmp_path):
     export.export(export.ExportArguments(str(TINY), str(tmp_path / "out"), "onnx", ["int8"]))
-    names = ("vision_encoder", "embed_tokens", "decoder_model_merged", "selector", "selector_match")
+    names = ("vision_encoder", "embed_tokens", "decoder_model_merged", "block_encoder", "selector", "selector_match")
     assert {path.name for path in (tmp_path / "out" / "onnx").iterdir()} == {f"{name}_int8.onnx" for name in names}
+    (positions,) = (
+        each
+        for each in onnx.load(tmp_path / "out" / "onnx" / "block_encoder_int8.onnx").graph.initializer
+        if "position_embedding" in each.name
+    )
+    assert positions.data_type == onnx.TensorProto.FLOAT
+
+
+def test_both_pointers_and_a_scaled_glance_have_graphs_where_wanted(tmp_path):
+    """As `make engines` writes them, of random weights."""
+    output, wanted = tmp_path / "out", {"onnx_pointers": ["attention", "selector"], "glance_downscale": 2}
+    export.export(export.ExportArguments(str(DENSE), str(output), "onnx", ["fp32"], **wanted, random_weights=True))
+    ours = {"attention_pointer", "selector", "selector_match", "block_encoder", "glance_encoder"}
+    published = {"vision_encoder", "embed_tokens", "decoder_model_merged"}
+    assert {path.stem for path in (output / "onnx").iterdir()} == published | ours
+    config = json.loads((output / "config.json").read_text())
+    assert (config["pointer"], config["glance_downscale"]) == ("attention", 2)
+
+
+@pytest.mark.parametrize(
+    "fields, complaint",
+    [
+        ({"onnx_pointers": ["guide"]}, r"onnx_pointers \('guide'\): choose from attention, selector"),
+        ({"glance_downscale": 3}, r"glance_downscale \(3\) must divide the patches along a tile \(8\)"),
+        ({"onnx_pointers": ["selector"], "model": str(DENSE)}, "was never trained"),
+    ],
+)
+def test_pointers_and_scales_that_do_not_exist_are_refused(fields, complaint, tmp_path):
+    given = {"model": str(TINY), "output_dir": str(tmp_path / "out"), "format": "onnx"}
+    with pytest.raises(ValueError, match=complaint):
+        export.export(export.ExportArguments(**given | fields))
+    assert not (tmp_path / "out").exists()
 
 
 def changed(tmp_path, **fields):

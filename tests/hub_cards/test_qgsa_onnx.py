@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa import QGSAProcessor, QGSASmolVLMForConditionalGeneration, configuration_qgsa
+from modeling_qgsa.layout_qgsa import VisualLayout, token_relevance
 from training.data.cards import Cards
 
 
@@ -37,7 +38,15 @@ BUDGETS = [
     {"min_tiles": 2, "max_tiles": 2},
     {"min_visual_tokens": 20, "max_visual_tokens": 20},
     {"min_tiles": 0, "max_tiles": 0},
+    {"max_image_tokens": 40},
 ]
+BLOCKS = [
+    {"selection": "blocks"},
+    {"selection": "blocks", "max_image_tokens": 24},
+    {"selection": "blocks", "min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 20, "max_visual_tokens": 20},
+    {"selection": "blocks", "min_tiles": 1, "max_tiles": 1, "min_visual_tokens": 30, "max_visual_tokens": 30},
+]
+HALF_GLANCES = ["selector-half", "attention-half"]
 
 
 def save_grouped(folder):
@@ -50,7 +59,10 @@ def save_grouped(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Exports: a trained selector, the attention of a dense checkpoint, calibrated, and of a random one."""
+    """Exports: a trained selector, the attention of a dense checkpoint, calibrated, and of a random one.
+
+    The first two also with a glance at half of its resolution.
+    """
     folder = tmp_path_factory.mktemp("exports")
     save_grouped(folder / "grouped-dense")
     QGSASmolVLMForConditionalGeneration.from_dense(DENSE, **CALIBRATED).save_pretrained(folder / "calibrated-qgsa")
@@ -58,6 +70,8 @@ def folders(tmp_path_factory):
         "selector": (TINY, ["fp32", "int8"], {}),
         "attention": (DENSE, ["fp32", "int8", "fp16", "q4"], {}),
         "calibrated": (folder / "calibrated-qgsa", ["fp32"], {"processor": str(DENSE)}),
+        "selector-half": (TINY, ["fp32"], {"glance_downscale": 2}),
+        "attention-half": (DENSE, ["fp32"], {"glance_downscale": 2}),
         "grouped": (folder / "grouped-dense", ["fp32"], {"random_weights": True}),
     }.items():
         export.export(export.ExportArguments(str(source), str(folder / name), "onnx", variants, **options))
@@ -116,20 +130,38 @@ def test_tokens_and_tiles_are_those_of_torch(name, budget, load, cards):
         assert_same(*answers(load(name), qgsa_onnx.chat_prompt(question), images, **budget))
 
 
-@pytest.mark.parametrize("name", ["selector", "attention", "calibrated"])
+@pytest.mark.parametrize("budget", BLOCKS, ids=str)
+@pytest.mark.parametrize("name", ["selector", "attention", "calibrated", *HALF_GLANCES])
+def test_blocks_are_those_of_torch(name, budget, load, cards):
+    for question, images in cards[:3]:
+        assert_same(*answers(load(name), qgsa_onnx.chat_prompt(question), images, **budget))
+
+
+@pytest.mark.parametrize("name", HALF_GLANCES)
+@pytest.mark.parametrize("budget", [{"selection": "dense"}, {}], ids=str)
+def test_a_glance_at_half_of_its_resolution_is_that_of_torch(name, budget, load, cards):
+    model, _, runtime = load(name)
+    assert model.config.glance_downscale == runtime.config["glance_downscale"] == 2
+    for question, images in cards[:3]:
+        assert_same(*answers(load(name), qgsa_onnx.chat_prompt(question), images, **budget))
+
+
+@pytest.mark.parametrize("name", ["selector", "attention", "calibrated", *HALF_GLANCES])
 @pytest.mark.parametrize("size", [(256, 64), (64, 128), (300, 200), (64, 64)])
-def test_images_of_other_shapes(name, size, load, make_image):
-    assert_same(*answers(load(name), qgsa_onnx.chat_prompt(QUESTION), [make_image(1, *size)]))
+@pytest.mark.parametrize("selection", ["before_encoder", "blocks"])
+def test_images_of_other_shapes(name, size, selection, load, make_image):
+    images = [make_image(1, *size)]
+    assert_same(*answers(load(name), qgsa_onnx.chat_prompt(QUESTION), images, selection=selection))
 
 
-@pytest.mark.parametrize("name", ["selector", "attention", "calibrated"])
-@pytest.mark.parametrize("budget", [{"selection": "dense"}, {}, {"max_tiles": 1}], ids=str)
+@pytest.mark.parametrize("name", ["selector", "attention", "calibrated", "selector-half"])
+@pytest.mark.parametrize("budget", [{"selection": "dense"}, {}, {"max_tiles": 1}, {"selection": "blocks"}], ids=str)
 def test_several_images(name, budget, load, make_image):
     images = [make_image(1), make_image(2, 256, 64), make_image(3, 64, 64)]
     assert_same(*answers(load(name), qgsa_onnx.chat_prompt(QUESTION, 3), images, **budget))
 
 
-@pytest.mark.parametrize("name", ["selector", "attention"])
+@pytest.mark.parametrize("name", ["selector", "attention", "selector-half"])
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -162,10 +194,11 @@ def test_the_prompt_is_that_of_the_chat_template(load):
 
 @pytest.mark.parametrize("name", ["selector", "attention"])
 @pytest.mark.parametrize("budget", [{}, {"min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 60}], ids=str)
-def test_given_scores_replace_those_of_the_pointer(name, budget, load, make_image):
+@pytest.mark.parametrize("selection", ["before_encoder", "blocks"])
+def test_given_scores_replace_those_of_the_pointer(name, budget, selection, load, make_image):
     scores = np.random.default_rng(0).standard_normal(17 * 16).astype(np.float32)
-    loaded = load(name)
-    if budget:
+    loaded, budget = load(name), budget | {"selection": selection}
+    if "min_tiles" in budget:
         budget = budget | {"max_visual_tokens": 60}  # the same for every question: no pointer is needed
     assert_same(*answers(loaded, qgsa_onnx.chat_prompt(QUESTION), [make_image(1)], scores, **budget))
 
@@ -260,13 +293,59 @@ def test_a_decoder_that_counts_positions_itself_answers_dense_only(published, tm
         runtime.generate(prompt, images, max_tiles=0)
 
 
+@pytest.mark.parametrize("size", [(256, 256), (300, 200), (64, 256), (64, 64)])
+def test_the_relevance_of_places_is_that_of_torch(size, load, make_image):
+    model, processor, runtime = load("attention")
+    images, relevance = [make_image(4, *size), make_image(5, 128, 192)], torch.randn(2, 16)
+    inputs = processor(text="<image>" * 2, images=images, return_tensors="pt")
+    layout = VisualLayout.of(model.config, inputs["input_ids"])
+    cut = [qgsa_onnx.inputs.TiledImage.of(image, runtime.settings) for image in images]
+    prompt = qgsa_onnx.inputs.Prompt.of(runtime.tokenizer, "<image>" * 2, cut, 16)
+    found = qgsa_onnx.selection.token_relevance(relevance.numpy(), prompt)
+    np.testing.assert_allclose(found, token_relevance(relevance, layout).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("selection", ["before_encoder", "blocks"])
+def test_one_number_limits_as_it_does_in_torch(selection, load):
+    model, _, runtime = load("selector")
+    for number in [*range(1, 200), 2**31 - 1]:
+        for given in ({}, {"min_tiles": 0}, {"max_tiles": 3, "min_tiles": 1}, {"min_visual_tokens": 1}):
+            given = given | {"selection": selection, "max_image_tokens": number}
+            try:
+                expected = vars(configuration_qgsa.Budget.of(model.config, **given))
+            except ValueError as error:
+                with pytest.raises(ValueError) as found:
+                    qgsa_onnx.selection.Budget.of(runtime.config, given)
+                assert str(found.value) == str(error)
+                continue
+            expected.pop("positions_per_image")
+            assert vars(qgsa_onnx.selection.Budget.of(runtime.config, given)) == expected
+
+
+def test_an_export_without_the_graph_of_blocks_answers_otherwise(folders, load, tmp_path, make_image):
+    """As those of earlier versions."""
+    folder = shutil.copytree(folders / "selector", tmp_path / "earlier")
+    (folder / "onnx" / "block_encoder.onnx").unlink()
+    runtime, call = qgsa_onnx.OnnxModel(folder), (qgsa_onnx.chat_prompt(QUESTION), [make_image(1)])
+    assert runtime.generate(*call).ids == load("selector")[2].generate(*call).ids
+    with pytest.raises(
+        ValueError, match=r'selection \("blocks"\): .* has no onnx/block_encoder.onnx: export it again'
+    ):
+        runtime.generate(*call, selection="blocks")
+
+
 # Bad input
 
 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"selection": "blocks"}, r"selection \('blocks'\): choose from before_encoder, dense"),
+        ({"selection": "after_encoder"}, r"selection \('after_encoder'\): choose from before_encoder, blocks, dense"),
+        ({"max_image_tokens": 0}, r"max_image_tokens \(0\) must be an integer of 1 to 2147483647"),
+        ({"max_image_tokens": 9.5}, r"max_image_tokens \(9.5\) must be an integer"),
+        ({"max_image_tokens": 9, "selection": "dense"}, r'max_image_tokens \(9\): not available with .* "dense"'),
+        ({"max_image_tokens": 9, "max_visual_tokens": 9}, r"\(9, .*\) contradicts max_visual_tokens \(9\)"),
+        ({"max_tiles": 1.5}, r"max_tiles \(1.5\) must be an integer of at most 2147483647"),
         ({"min_tiles": 9}, r"min_tiles \(9\) must not exceed max_tiles \(4\)"),
         ({"min_visual_tokens": 0}, r"min_visual_tokens \(0\) must be at least 1"),
         ({"tiles": 1}, r"unexpected arguments: tiles"),
@@ -307,6 +386,11 @@ def of_type(kind):
     return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
+def scaled_down(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"glance_downscale": 2}))
+
+
 def with_tokenizer_of_words(folder):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = []
@@ -322,6 +406,7 @@ def with_tokenizer_of_words(folder):
         (lambda folder: None, "int4", r"variant \('int4'\): choose from fp32, fp16, int8, q4"),
         (lambda folder: None, "q4", "has no onnx/vision_encoder_q4.onnx: export it with --format onnx"),
         (without("onnx/selector.onnx"), "fp32", "has no onnx/selector.onnx"),
+        (scaled_down, "fp32", "has no onnx/glance_encoder.onnx: export it with --format onnx"),
         (without("config.json"), "fp32", "has no config.json"),
         (without("preprocessor_config.json"), "fp32", "has no preprocessor_config.json"),
         (of_type("qwen2_vl"), "fp32", r"model_type \('qwen2_vl' in .*\) must be qgsa_smolvlm, idefics3 or smolvlm"),

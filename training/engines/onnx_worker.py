@@ -11,8 +11,23 @@ from pathlib import Path
 import onnxruntime
 from PIL import Image
 from qgsa_onnx import OnnxModel, chat_prompt
+from qgsa_onnx.model import POINTER_GRAPHS
 
 from training.engines.protocol import serve
+
+
+ENCODERS = ("vision_encoder", "glance_encoder", "block_encoder")
+# Selection, pointer and downscale of the glance of our systems.
+OURS = {
+    f"{name}{part}": (selection, pointer, scale)
+    for name, pointer in (("qgsa", "selector"), ("qgsa-attention", "attention"))
+    for part, selection, scale in (
+        ("", "before_encoder", 1),
+        ("-half-glance", "before_encoder", 2),
+        ("-blocks", "blocks", 1),
+        ("-blocks-half-glance", "blocks", 2),
+    )
+}
 
 
 class TimedModel(OnnxModel):
@@ -29,7 +44,7 @@ class TimedModel(OnnxModel):
         self.spans, began = [], time.perf_counter()
         self.generate(prompt, [image], **options)
         total, first = time.perf_counter() - began, [name for name, *_ in self.spans].index("decoder_model_merged")
-        vision = sum(end - start for name, start, end in self.spans if name == "vision_encoder")
+        vision = sum(end - start for name, start, end in self.spans if name in ENCODERS)
         before = sum(end - start for _, start, end in self.spans[: first + 1])
         decode = began + total - self.spans[first][2]
         parts = {"vision": vision, "prefill": before - vision, "decode": decode}
@@ -44,18 +59,25 @@ def load(folder: str, variant: str, threads: str):
     model = TimedModel(folder, variant, sess_options=options, providers=["CPUExecutionProvider"])
     model.stops = set()  # all answers must have the same length
     budget = ("tiles", "visual_tokens")
-    settings = model.settings
+    settings, config = model.settings, model.config
 
     def answer(image: str, question: str, new_tokens: int, system: str, tiles: int, tokens: int) -> dict:
         model.settings = settings | {"do_image_splitting": system != "dense-global-only"}
-        limits = {f"{bound}_{name}": each for bound in ("min", "max") for name, each in zip(budget, (tiles, tokens))}
-        chosen = limits if system == "qgsa-attention" else {"selection": "dense"}
+        chosen = {"selection": "dense"}
+        if system in OURS:
+            selection, pointer, scale = OURS[system]
+            model.config = config | {"pointer": pointer, "glance_downscale": scale}
+            limits = [
+                (f"{bound}_{name}", each) for bound in ("min", "max") for name, each in zip(budget, (tiles, tokens))
+            ]
+            chosen = {"selection": selection, **dict(limits)}
         picture = Image.open(image).convert("RGB")
         return model.time(chat_prompt(question), picture, max_new_tokens=new_tokens, **chosen)
 
-    suffix = "" if variant == "fp32" else f"_{variant}"
-    files = [Path(folder, "onnx", f"{name}{suffix}.onnx") for name in model.sessions]
-    size = sum(path.stat().st_size for path in files)
+    for name in ("block_encoder", *POINTER_GRAPHS["attention"], *POINTER_GRAPHS["selector"]):
+        if Path(folder, model.path(name)).is_file():
+            model.session(name)  # before anything is timed
+    size = sum(Path(folder, model.path(name)).stat().st_size for name in model.sessions)
     return answer, {"version": f"onnxruntime {onnxruntime.__version__}", "weight_bytes": size}
 
 

@@ -39,17 +39,17 @@ from training.evaluation.report import write_results
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 NAME = "speed_engines_cpu"
-SYSTEMS = (
-    "dense",
-    "dense-fast",
-    "dense-global-only",
-    "dense-global-only-fast",
+OURS = (
     "qgsa-attention",
+    "qgsa-attention-half-glance",
+    "qgsa-attention-blocks",
+    "qgsa-attention-blocks-half-glance",
     "qgsa",
     "qgsa-half-glance",
     "qgsa-blocks",
     "qgsa-blocks-half-glance",
 )
+SYSTEMS = ("dense", "dense-fast", "dense-global-only", "dense-global-only-fast", *OURS)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ ENGINES = {
             "training.engines.onnx_worker",
             "onnx",
             (variant,),
-            ("dense", "dense-global-only", "qgsa-attention"),
+            ("dense", "dense-global-only", *OURS),
             apart=False,
         )
         for name, variant in (("float32", "fp32"), ("int8", "int8"))

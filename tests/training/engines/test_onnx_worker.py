@@ -6,7 +6,9 @@ from pathlib import Path
 import export
 import pytest
 
+from training.costs.systems import SYSTEMS
 from training.engines.protocol import Worker
+from training.studies.engines import ENGINES
 
 
 pytest.importorskip("onnxruntime")
@@ -17,8 +19,10 @@ PARTS = {"processing", "vision", "prefill", "decode"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine") / "onnx"
-    export.export(export.ExportArguments(str(ROOT / "hub_cards" / "tiny-dense"), str(folder), "onnx", ["fp32"]))
+    """The files of `make engines`, of the tiny model."""
+    folder, dense = tmp_path_factory.mktemp("engine") / "onnx", str(ROOT / "hub_cards" / "tiny-dense")
+    wanted = {"onnx_pointers": ["attention", "selector"], "glance_downscale": 2, "random_weights": True}
+    export.export(export.ExportArguments(dense, str(folder), "onnx", ["fp32"], **wanted))
     return folder
 
 
@@ -46,11 +50,25 @@ def test_it_answers_in_a_process_of_its_own(folder, work, tmp_path):
 def test_every_system_encodes_its_tiles(folder, work, monkeypatch):
     from training.engines.onnx_worker import TimedModel, load
 
-    answers, generate = [], TimedModel.generate
-    monkeypatch.setattr(TimedModel, "generate", lambda *args, **given: answers.append(generate(*args, **given)))
-    answer, _ = load(str(folder), "fp32", "1")
-    for system in ("dense", "dense-global-only", "qgsa-attention"):
+    answers, graphs, generate = {}, {}, TimedModel.generate
+
+    def note(model, *args, **given):
+        answers[system] = generate(model, *args, **given).selection
+        graphs[system] = {name for name, *_ in model.spans}
+
+    monkeypatch.setattr(TimedModel, "generate", note)
+    answer, description = load(str(folder), "fp32", "1")
+    for system in ENGINES["onnxruntime-float32"].systems:
         check_seconds(answer(**work, system=system))
-    assert [int(each.selection.tiles.sum()) for each in answers] == [17, 1, 3]
-    assert [int(each.selection.kept.sum()) for each in answers] == [272, 16, 17]
-    assert [len(each.ids) for each in answers] == [4, 4, 4]
+    tiles = {system: int(each.tiles.sum()) for system, each in answers.items()}
+    assert (tiles["dense"], tiles["dense-global-only"], tiles["qgsa"], tiles["qgsa-attention"]) == (17, 1, 3, 3)
+    tokens = {system: int(each.kept.sum()) for system, each in answers.items()}
+    assert (tokens.pop("dense"), tokens.pop("dense-global-only")) == (272, 16) and set(tokens.values()) == {17}
+    for system in tokens:
+        timed, pointer = SYSTEMS[system], {"selector": "selector", "attention": "attention_pointer"}
+        assert pointer[timed.pointer] in graphs[system] and graphs[system].isdisjoint(
+            {"selector", "attention_pointer"} - {pointer[timed.pointer]}
+        )
+        assert ("glance_encoder" in graphs[system]) == (timed.model == "half")
+        assert ("block_encoder" in graphs[system]) == (timed.selection == "blocks")
+    assert description["weight_bytes"] == sum(path.stat().st_size for path in (folder / "onnx").iterdir())
