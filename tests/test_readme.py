@@ -13,6 +13,7 @@ import push_to_hub
 import pytest
 import serve
 import serve_load
+import serve_throughput
 from serving import serving
 
 from training.benchmark import BenchmarkArguments
@@ -232,6 +233,7 @@ PARSERS = {
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
     "hub_cards/serve_load.py": serve_load.LoadArguments,
+    "hub_cards/serve_throughput.py": serve_throughput.ThroughputArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/engines.py": EnginesArguments,
