@@ -12,17 +12,17 @@ import base64
 import io
 import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
 import httpx
 import torch
+from PIL import Image
+from serve_processes import Running, ours, started
 from tqdm.auto import tqdm
 
 from training.cli.arguments import errors_in_one_line, parse
@@ -30,7 +30,6 @@ from training.data.cards import Cards
 from training.evaluation.report import write_results
 
 
-SERVER = Path(__file__).with_name("serve.py")
 SECONDS_TO_ANSWER = 600
 
 
@@ -56,55 +55,88 @@ class LoadArguments:
                 raise ValueError(f"{name} ({number}) must be at least 1")
 
 
-@contextmanager
-def started(run: LoadArguments, size: int) -> Iterator[str]:
-    """A server with room for all clients, which logs to the output folder; yields its URL.
+@dataclass(frozen=True)
+class Asked:
+    """What became of a request.
 
-    Raises OSError if it does not start.
+    Args:
+        outcome: "answered", to the end; "refused", with a status and an error in OpenAI's format; otherwise "lost".
+        said: the end of the response, or the error of the connection.
+        first: seconds to the first line of the response.
+        seconds: seconds to its end.
+        tokens: tokens of the answer, where the response tells.
     """
-    options = {"model": run.model, "port": 0, "max_batch_size": size, "max_waiting": max(run.clients)}
-    command = [sys.executable, str(SERVER), *(f"--{name}={value}" for name, value in options.items())]
-    path = Path(run.output_dir) / "server.log"  # a pipe that nobody reads would fill up, and then hold the server
-    with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        while not (found := re.search(r"running on (http://\S+)", path.read_text())):
-            if process.poll() is not None:
-                raise OSError(f"{SERVER.name} did not start: {path.read_text().strip().splitlines()[-1:]}")
-            time.sleep(0.1)
-        try:
-            yield found[1]
-        finally:
-            process.terminate()
+
+    outcome: str
+    said: str
+    first: float
+    seconds: float
+    tokens: int = 0
+
+
+def make_body(question: str, images: Sequence[Image.Image] = (), kind: str = "PNG", **fields) -> bytes:
+    """A request about images, which are sent as files of a kind; `fields` are those of the API."""
+    content: list[dict] = [{"type": "text", "text": question}]
+    for image in reversed(images):
+        data = io.BytesIO()
+        image.save(data, kind)
+        url = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
 
 def make_bodies(run: LoadArguments) -> list[bytes]:
     """Requests about one image each."""
-    bodies, cards = [], Cards("test", 40)
-    for sample in (cards[index] for index in range(len(cards))):
-        data = io.BytesIO()
-        sample["image"].save(data, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample["question"]}]
-        body = {"messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": run.max_new_tokens}
-        bodies.append(json.dumps(body).encode())
-    return bodies
+    cards = Cards("test", 40)
+    samples = (cards[number] for number in range(len(cards)))
+    fields = {"stream": True, "max_tokens": run.max_new_tokens}
+    return [make_body(sample["question"], [sample["image"]], **fields) for sample in samples]
 
 
-async def ask(client: httpx.AsyncClient, body: bytes) -> tuple[float, float]:
-    """Seconds to the first token of an answer, and to its end. Raises OSError unless it is complete."""
-    began, first, line = time.perf_counter(), None, ""
+async def ask(client: httpx.AsyncClient, body: bytes) -> Asked:
+    """Send a request, and read its response, streamed or not, to the end."""
+    began, lines, status = time.perf_counter(), [], None
+    first = None
     headers = {"content-type": "application/json"}
-    async with client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
-        async for each in response.aiter_lines():
-            first = first or time.perf_counter()
-            line = each or line
-    if response.status_code != 200 or line != "data: [DONE]":
-        raise OSError(f"the server answered {response.status_code}: {line[:500]}")
-    return first - began, time.perf_counter() - began
+    try:
+        async with client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
+            async for line in response.aiter_lines():
+                first = first or time.perf_counter()
+                lines += [line] if line else []
+            status = response.status_code
+    except httpx.HTTPError as error:
+        lines.append(f"{type(error).__name__}: {error}")
+    ended = time.perf_counter()
+    said = f"{'no status' if status is None else status}: {(lines or [''])[-1][:500]}"
+    counted = re.findall(r'"completion_tokens": ?(\d+)', " ".join(lines[-2:]))
+    return Asked(outcome_of(status, lines), said, (first or ended) - began, ended - began, *map(int, counted[-1:]))
 
 
-async def load(url: str, bodies: list[bytes], clients: int, requests: int) -> dict[str, float]:
-    """Ask `requests` questions with so many clients, each of which waits for its answer before it goes on."""
-    left, found = iter(range(requests)), []
+def outcome_of(status: int | None, lines: list[str]) -> str:
+    """What became of a request, from the status and the lines of its response; see [`Asked`]."""
+    broken = any(line.startswith('data: {"error"') for line in lines)
+    if status is None or not lines or broken:
+        return "lost"
+    if status == 200 and lines[-1] == "data: [DONE]":
+        return "answered"
+    try:
+        fields = json.loads("".join(lines))
+    except ValueError:
+        return "lost"
+    if status == 200:
+        return "answered" if "choices" in fields else "lost"
+    return "refused" if status >= 400 and isinstance(fields, dict) and "error" in fields else "lost"
+
+
+async def ask_all(url: str, bodies: list[bytes], clients: int, numbers: Iterable[int]) -> tuple[list[Asked], float]:
+    """Ask with so many clients, each of which waits for its answer before it goes on.
+
+    Args:
+        numbers: numbers of the requests, which take turns among the `bodies`; the load ends with them.
+
+    Returns what became of each request, and the seconds of all.
+    """
+    left, found = iter(numbers), []
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
 
     async def ask_on(client):
@@ -115,13 +147,36 @@ async def load(url: str, bodies: list[bytes], clients: int, requests: int) -> di
     async with httpx.AsyncClient(**options) as client:
         began = time.perf_counter()
         await asyncio.gather(*(ask_on(client) for _ in range(clients)))
-        seconds = time.perf_counter() - began
-    first, whole = map(list, zip(*found))
-    return {
-        "requests_per_second": requests / seconds,
-        **{f"first_token_{name}": value for name, value in percentiles(first).items()},
-        **{f"seconds_{name}": value for name, value in percentiles(whole).items()},
-    }
+        return found, time.perf_counter() - began
+
+
+async def load(url: str, bodies: list[bytes], clients: int, requests: int) -> dict[str, float]:
+    """Ask `requests` questions; returns their rates. Raises OSError if one is not answered: it would count as fast."""
+    found, seconds = await ask_all(url, bodies, clients, range(requests))
+    for each in found:
+        if each.outcome != "answered":
+            raise OSError(f"the server answered {each.said}")
+    return rates(found, seconds)
+
+
+def rates(found: list[Asked], seconds: float) -> dict[str, float]:
+    """Requests per second and latency of those that were answered; no latency without any."""
+    answered = [each for each in found if each.outcome == "answered"]
+    row = {"requests_per_second": len(answered) / seconds}
+    if answered:
+        for part, values in (
+            ("first_token", [each.first for each in answered]),
+            ("seconds", [each.seconds for each in answered]),
+        ):
+            row |= {f"{part}_{name}": value for name, value in percentiles(values).items()}
+    return row
+
+
+def outcomes(found: list[Asked]) -> dict:
+    """How many requests were answered, refused and lost, and what was said in place of an answer, a few times."""
+    counts = Counter(each.outcome for each in found)
+    errors = sorted({each.said for each in found if each.outcome != "answered"})
+    return {name: counts[name] for name in ("answered", "refused", "lost")} | {"errors": errors[:5]}
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -130,23 +185,22 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": hundredths[49], "p99": hundredths[98]}
 
 
-def batch_size(url: str) -> tuple[float, float]:
+def batch_size(server: Running) -> tuple[float, float]:
     """Sum and number of the sizes of all batches so far, from the server's metrics."""
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
-    return tuple(float(re.search(rf"^qgsa_batch_size_{part} (\S+)", text, re.M)[1]) for part in ("sum", "count"))
+    return server.metric("qgsa_batch_size_sum"), server.metric("qgsa_batch_size_count")
 
 
 def measure(run: LoadArguments) -> list[dict]:
-    """One row per batch size and number of clients; the servers take turns."""
-    bodies = make_bodies(run)
+    """One row per batch size and number of clients; the servers take turns, each with room for all clients."""
+    bodies, log = make_bodies(run), Path(run.output_dir) / "server.log"
     turns: dict[tuple[int, int], list[dict]] = {(size, n): [] for size in run.batch_sizes for n in run.clients}
     for size in tqdm(run.batch_sizes * run.repeats, desc="servers under load"):
-        with started(run, size) as url:
-            asyncio.run(load(url, bodies, max(run.clients), max(run.clients)))  # warms up
+        with started(ours(run.model, max_batch_size=size, max_waiting=max(run.clients)), log) as server:
+            asyncio.run(load(server.url, bodies, max(run.clients), max(run.clients)))  # warms up
             for clients in run.clients:
-                before = batch_size(url)
-                found = asyncio.run(load(url, bodies, clients, max(run.requests, clients)))
-                answered, batches = (now - then for now, then in zip(batch_size(url), before))
+                before = batch_size(server)
+                found = asyncio.run(load(server.url, bodies, clients, max(run.requests, clients)))
+                answered, batches = (now - then for now, then in zip(batch_size(server), before))
                 turns[size, clients].append({**found, "batch_size_mean": answered / batches})
     rows = []
     for (size, clients), found in turns.items():

@@ -12,7 +12,9 @@ import export
 import push_to_hub
 import pytest
 import serve
+import serve_faults
 import serve_load
+import serve_throughput
 from serving import serving
 
 from training.benchmark import BenchmarkArguments
@@ -232,7 +234,9 @@ PARSERS = {
     "hub_cards/export.py": export.ExportArguments,
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
+    "hub_cards/serve_faults.py": serve_faults.FaultsArguments,
     "hub_cards/serve_load.py": serve_load.LoadArguments,
+    "hub_cards/serve_throughput.py": serve_throughput.ThroughputArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/engines.py": EnginesArguments,

@@ -51,7 +51,10 @@ class QGSAMultiModalProcessor(Idefics3MultiModalProcessor):
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
 
     def _call_hf_processor(self, hf_data, hf_kwargs) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, stock_options(hf_kwargs))
+        try:
+            return super()._call_hf_processor(hf_data, stock_options(hf_kwargs))
+        except ValueError as error:  # vLLM's names the data, that of our processor the rule
+            raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
 
     def _postprocess_hf_mm_data(self, mm_data, hf_processor_mm_kwargs, processed_data) -> BatchFeature:
         processed = super()._postprocess_hf_mm_data(mm_data, hf_processor_mm_kwargs, processed_data)

@@ -4,7 +4,7 @@ Pure functions and our own model, without vLLM. Sizes as in `layout_qgsa`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from modeling_qgsa.request_qgsa import Request
 
 
 LIMITS = ("positions_per_image", "min_tiles", "max_tiles")  # what a request may set, in this order
+OTHERS = ({each.name for each in fields(Budget)} | {"max_image_tokens", "vision_budget"}) - set(LIMITS)
 
 
 class AskedImage(NamedTuple):
@@ -64,8 +65,10 @@ def budget_of(config, options: Mapping[str, Any], ids: Sequence[int]) -> Budget:
         options: of the request, among them some of `LIMITS`.
         ids: placeholders of the image in a prompt that keeps everything.
 
-    Raises ValueError, naming the field, if it is out of range.
+    Raises ValueError, naming the field, if it is out of range, or not one of `LIMITS`.
     """
+    for name in sorted(OTHERS & options.keys()):
+        raise ValueError(f"{name} ({options[name]!r}): in vLLM, a request may set {', '.join(LIMITS)}")
     budget = Budget.of(config, **{name: options[name] for name in LIMITS if name in options})
     if budget.positions_per_image is not None:
         return budget

@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from qgsa_vllm.selecting import (
     left_padded,
     prompt_about,
 )
+from serve_processes import started, vllm
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.vision_qgsa import VisualCache
@@ -120,6 +122,13 @@ def test_the_default_count_has_room_for_all_limits(grid, stay, count, model, pro
     budget = budget_of(config, {}, block)
     assert budget.positions_per_image == count_positions(config, budget, block) == count
     assert budget_of(config, {"positions_per_image": 24}, block).positions_per_image == 24
+
+
+@pytest.mark.parametrize("name", ["max_visual_tokens", "selection", "max_image_tokens", "vision_budget"])
+def test_a_budget_that_vllm_cannot_have_is_refused(name, model, processor):
+    """It would be ignored otherwise."""
+    with pytest.raises(ValueError, match=rf"{name} \(5\): in vLLM, a request may set positions_per_image, min_tiles"):
+        budget_of(model.config, {name: 5}, image_ids(processor, 4, 4))
 
 
 # vLLM itself
@@ -234,3 +243,61 @@ def test_bad_limits_are_named_in_one_line(results):
     found, _ = results
     assert found["no room"]["error"].startswith("positions_per_image (3) leaves no room for visual tokens")
     assert found["no number"]["error"] == "max_tiles ('two') must be an integer of at most 2147483647"
+
+
+# Its server
+
+
+@pytest.fixture(scope="module")
+def server(served, tmp_path_factory):
+    if not VLLM.exists():
+        pytest.skip("vLLM is not set up: make vllm")
+    options = ("--dtype=float32", "--max-model-len=1024", "--api-key=secret", "--trust-request-mm-kwargs")
+    command = vllm(str(VLLM), served[0], *options, "--served-model-name=tiny", '--limit-mm-per-prompt={"image": 2}')
+    with started(command, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+def post(server, key="secret", images=None, **fields):
+    images = [Cards("validation", 16)[0]["image"]] if images is None else images
+    body = {"messages": conversation("where is it?", *images), "max_tokens": 2, "temperature": 0, **fields}
+    url, headers = f"{server.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
+    return httpx.post(url, json=body, headers=headers, timeout=300, trust_env=False)
+
+
+BAD = {
+    "an unknown model": ({"model": "other"}, 404, "The model `other` does not exist"),
+    "no number": ({"max_tiles": "two"}, 400, "max_tiles ('two') must be an integer of at most"),
+    "a negative number": ({"max_tiles": -1}, 400, "min_tiles (0) must not exceed max_tiles (-1)"),
+    "a number that is too large": ({"max_tiles": 2**40}, 400, f"max_tiles ({2**40}) must be an integer of at most"),
+    "limits the wrong way round": (
+        {"min_tiles": 5, "max_tiles": 1},
+        400,
+        "min_tiles (5) must not exceed max_tiles (1)",
+    ),
+    "no room": ({"positions_per_image": 3}, 400, "positions_per_image (3) leaves no room for visual tokens"),
+    "a budget of other servers": ({"max_visual_tokens": 5}, 400, "max_visual_tokens (5): in vLLM, a request may set"),
+    "an image that is too large": ({"images": [(12000, 12000)]}, 400, "image (12000 x 12000 px)"),
+    "an image that is too narrow": ({"images": [(2000, 1)]}, 400, "image (2000 x 1 px)"),
+    "three images": ({"images": [(64, 64)] * 3}, 400, "At most 2 image(s) may be provided"),
+    "a long answer": ({"max_tokens": 100_000}, 400, "max_tokens=100000 cannot be greater than max_model_len=1024"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_gets_an_error_in_the_format_of_openai(name, server):
+    given, status, message = BAD[name]
+    given = dict(given)
+    fields = {field: given.pop(field) for field in ("model", "max_tokens") if field in given}
+    images = [Image.new("1", size) for size in given.pop("images")] if "images" in given else None
+    response = post(server, images=images, mm_processor_kwargs=given or None, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["message"][: len(message)]) == (status, message)
+    assert error["type"] and {"param", "code"} <= set(error)
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_answered_after_all_that(server):
+    """The body of the former is vLLM's own."""
+    refused = post(server, key="wrong")
+    assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
+    assert post(server).json()["choices"][0]["message"]["content"]

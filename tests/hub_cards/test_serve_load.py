@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serve_load import LoadArguments, format_load, load, percentiles
+from serve_load import Asked, LoadArguments, ask_all, format_load, load, outcome_of, outcomes, percentiles, rates
 from serving import serving
 
 
@@ -88,6 +88,44 @@ def test_each_client_waits_for_its_answer():
     assert most == 3 and count == 9
     assert 0.02 <= found["first_token_p50"] and found["first_token_p50"] + 0.04 <= found["seconds_p50"]
     assert found["requests_per_second"] < 3 / 0.07
+
+
+@pytest.mark.parametrize(
+    "status, lines, outcome",
+    [
+        (200, ["data: {}", "data: [DONE]"], "answered"),
+        (200, ['{"choices": [],', '"usage": {}}'], "answered"),
+        (503, ['{"error": {"message": "queue full"}}'], "refused"),
+        (200, ['data: {"error": {"message": "broken"}}', "data: [DONE]"], "lost"),
+        (200, ["data: {}"], "lost"),
+        (200, ["{}"], "lost"),
+        (500, ["Internal Server Error"], "lost"),
+        (502, ["[]"], "lost"),
+        (200, [], "lost"),
+        (None, ["ReadError: "], "lost"),
+    ],
+)
+def test_what_became_of_a_request(status, lines, outcome):
+    assert outcome_of(status, lines) == outcome
+
+
+def test_a_connection_that_breaks_loses_its_request():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000")]})
+        await send({"type": "http.response.body", "body": b"data: a\n\n", "more_body": True})
+        raise ConnectionError
+
+    with serving(app, lifespan="off") as url:
+        (found,), _ = asyncio.run(ask_all(url, [b"{}"], 1, range(1)))
+    assert found.outcome == "lost" and found.said.startswith("no status: RemoteProtocolError: ")
+
+
+def test_rates_are_those_of_the_answers():
+    found = [Asked("answered", "200: x", 1.0, 2.0, 5), *[Asked("refused", "503: y", 0.1, 0.1)] * 2]
+    assert outcomes(found) == {"answered": 1, "refused": 2, "lost": 0, "errors": ["503: y"]}
+    row = rates(found, 4.0)
+    assert row["requests_per_second"] == 0.25 and row["seconds_p99"] == 2.0 and row["first_token_p50"] == 1.0
+    assert rates(found[1:], 4.0) == {"requests_per_second": 0.0}
 
 
 def test_percentiles_lie_within_what_was_measured():
