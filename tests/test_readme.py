@@ -13,6 +13,7 @@ import push_to_hub
 import pytest
 import serve
 import serve_load
+import serve_ray_load
 from serving import serving
 
 from training.benchmark import BenchmarkArguments
@@ -85,6 +86,7 @@ TABLES = {
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_engines_cpu": lambda rows: [format_engines(rows, "256m")],
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
+    "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
@@ -232,6 +234,7 @@ PARSERS = {
     "hub_cards/push_to_hub.py": push_to_hub.PushArguments,
     "hub_cards/serve.py": serve.ServeArguments,
     "hub_cards/serve_load.py": serve_load.LoadArguments,
+    "hub_cards/serve_ray_load.py": serve_ray_load.RayLoadArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/engines.py": EnginesArguments,
@@ -243,6 +246,7 @@ PARSERS = {
     "training/studies/pointing.py": PointingArguments,
     "training/studies/pareto.py": ParetoArguments,
 }
+PYTHONS = ("python", ".venv-ray/bin/python")
 CPU = ["--use_cpu", "true"]
 PRESET_PARSERS = {
     "training/run_qgsa.py": lambda given: (
@@ -271,7 +275,9 @@ def test_the_commands_parse(page):
             assert subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode == 0, line
         elif program == "python" and arguments[0] in PRESET_PARSERS:
             PRESET_PARSERS[arguments[0]](arguments[1:])
-        elif program == "python" and arguments[0] in PARSERS:
+        elif program in (".venv-ray/bin/serve", ".venv-ray/bin/ray"):
+            assert all((ROOT / name).exists() for name in arguments if name.endswith(".yaml")), line
+        elif program in PYTHONS and arguments[0] in PARSERS:
             Parser(PARSERS[arguments[0]]).parse(arguments[1:])
         elif program == "python" and arguments[0] != "-m":
             assert (ROOT / arguments[0]).exists(), line
@@ -281,4 +287,4 @@ def test_the_commands_parse(page):
                 ["pip", "install", "./qgsa-smolvlm"],
             )
         else:
-            assert program in ("hf", "lm_eval", ".venv-vllm/bin/python"), line
+            assert program in ("export", "hf", "lm_eval", ".venv-vllm/bin/python"), line
