@@ -1,7 +1,7 @@
 """Serve a QGSA-SmolVLM checkpoint from many replicas, with Ray Serve.
 
-    PYTHONPATH=hub_cards ray start --head --node-ip-address 127.0.0.1
-    serve deploy hub_cards/serve_ray.yaml
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray start --head --include-dashboard false  # on loopback
+    serve run hub_cards/serve_ray.yaml
 
 Each replica runs the application of `serve.py`, with the same routes, limits and errors. `args` of the YAML file are
 the options of `serve.py`, except host and port, and those of `Fleet`. Every request comes through the door, which
@@ -32,7 +32,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from serve_connections import KEY, Places, check_key, read_body
-from serve_errors import HANDLERS, RequestError, closing, error_body
+from serve_errors import HANDLERS, INTERNAL, RequestError, closing, error_body
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -49,6 +49,7 @@ PASSED_ON = ("http_version", "method", "scheme", "path", "raw_path", "query_stri
 ATTEMPTS = 2  # a request that brings replicas down does so no more often
 SECONDS_TO_TELL = 5  # for replicas that are asked about themselves
 SECONDS_OF_HEALTH = 1  # in which the replicas are not asked again
+SECONDS_TO_REPLACE = 60  # until Serve has replaced a replica that tells nothing
 SECONDS_TO_LOOK_BACK = 15  # Serve counts requests every ten
 SECONDS_TO_ADD = 5  # of too many requests, until replicas are added
 SECONDS_TO_REMOVE = 300  # of too few, until replicas are removed
@@ -128,6 +129,11 @@ class Replica:
     async def present(self) -> bool:
         return True
 
+    def check_health(self):
+        """Raises RuntimeError, whereupon Serve replaces this replica, if nothing answers any more."""
+        if not self.gate.answerer.batches.thread.is_alive():
+            raise RuntimeError("the thread of the model has ended")
+
     def __del__(self):
         if hasattr(self, "gate"):
             self.gate.answerer.close()
@@ -180,7 +186,7 @@ class Door:
         self.asked_again = Counter(
             "qgsa_door_asked_again", "Requests whose replica died before it answered.", registry=self.registry
         )
-        self.healthy, self.looked, self.looking = 0, 0.0, asyncio.Lock()
+        self.healthy, self.looked, self.told, self.looking = 0, 0.0, 0.0, asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         routes = [
@@ -191,20 +197,29 @@ class Door:
         counted = Middleware(Counted, responses=self.responses)
         return Starlette(routes=routes, middleware=[counted], exception_handlers=HANDLERS)
 
-    async def ask_all(self, method: str) -> list:
-        """What all replicas return that answer in time; those that wait for nothing do."""
+    async def ask_all(self, method: str) -> list | None:
+        """What all replicas return; None if one does not return in time."""
         try:
-            found = await self.replicas.broadcast(method).results_async(
-                timeout_s=SECONDS_TO_TELL, return_exceptions=True
-            )
-        except (TimeoutError, DeploymentUnavailableError):
+            answers = self.replicas.broadcast(method)
+            found = await answers.results_async(timeout_s=SECONDS_TO_TELL, return_exceptions=True)
+        except DeploymentUnavailableError:
             return []
+        except TimeoutError:
+            return None
         return [each for each in found if not isinstance(each, BaseException)]
+
+    async def look(self):
+        """Count the replicas."""
+        found, self.looked = await self.ask_all("present"), time.monotonic()
+        if found is not None:
+            self.healthy, self.told = len(found), self.looked
+        elif self.looked - self.told > SECONDS_TO_REPLACE:
+            self.healthy = 0
 
     async def health(self, request: Request) -> JSONResponse:
         async with self.looking:
             if time.monotonic() - self.looked > SECONDS_OF_HEALTH:
-                self.healthy, self.looked = len(await self.ask_all("present")), time.monotonic()
+                await self.look()
         if not self.healthy:
             return JSONResponse({"status": "no replica"}, 503)
         return JSONResponse({"status": "ok", "replicas": self.healthy})
@@ -212,7 +227,7 @@ class Door:
     async def metrics(self, request: Request) -> Response:
         check_key(request, self.api_key)
         registry = CollectorRegistry()
-        registry.register(Tally(await self.ask_all("metrics")))
+        registry.register(Tally(await self.ask_all("metrics") or []))
         text = generate_latest(self.registry) + generate_latest(registry)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
@@ -287,6 +302,8 @@ class Passage:
             raise closing() from error
         finally:
             answer.cancel()  # if the client has disconnected
+        if not self.begun:
+            raise INTERNAL
 
 
 def app(args: dict) -> Application:
@@ -303,7 +320,7 @@ def app(args: dict) -> Application:
     size = run.max_batch_size
     replicas = serve.deployment(Replica).options(
         max_ongoing_requests=2 * size,  # a batch that runs, and one that is read meanwhile
-        max_queued_requests=max(1, run.max_waiting),
+        max_queued_requests=max(1, run.max_waiting),  # Serve knows no 0
         graceful_shutdown_timeout_s=run.shutdown_timeout,
         autoscaling_config={
             "min_replicas": fleet.min_replicas,

@@ -129,6 +129,30 @@ def test_what_no_replica_takes_is_refused(refusal, code):
     assert (error.status, error.code, asked) == (503, code, 1)
 
 
+def test_an_answer_without_any_message_is_an_error():
+    error, asked = passed([])
+    assert (error.status, asked) == (500, 1)
+
+
+def test_a_replica_that_tells_nothing_counts_for_a_minute(monkeypatch):
+    """Serve replaces it meanwhile, and the others answer."""
+    told = [["here", "here", ValueError()], TimeoutError(), TimeoutError(), DeploymentUnavailableError(None)]
+
+    class Broadcast:
+        async def results_async(self, **_):
+            if isinstance(told[0], list):
+                return told.pop(0)
+            raise told.pop(0)
+
+    replicas = SimpleNamespace(options=lambda **_: SimpleNamespace(broadcast=lambda method: Broadcast()))
+    door, now = serve_ray.Door.__mro__[1](replicas, 10, 1000, None), 100.0
+    monkeypatch.setattr(serve_ray.time, "monotonic", lambda: now)
+    for seconds, healthy in ((2, 2), (2, 2), (60, 0), (2, 0)):
+        now += seconds
+        response = asyncio.run(door.health(None))
+        assert (response.status_code, door.healthy) == (200 if healthy else 503, healthy)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
