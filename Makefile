@@ -1,4 +1,4 @@
-.PHONY: help install environments engines upstream vllm demo test slow quality style clean
+.PHONY: help install environments engines upstream vllm ray demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -65,6 +65,17 @@ vllm: .venv-vllm/installed  ## set up vLLM with our plugin for CPUs in .venv-vll
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --editable '.[vllm]' --editable hub_cards/qgsa_vllm
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+ray: .venv-ray/installed  ## set up Ray Serve in .venv-ray (400 MB), and run the tests of hub_cards/serve_ray.py
+	.venv-ray/bin/python -m pytest tests/hub_cards/test_serve_ray.py
+
+# Everything except Ray and its requirements comes from .venv.
+.venv-ray/installed: .venv/installed
+	$(PYTHON) -m venv .venv-ray
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	    > "$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/qgsa.pth"
+	.venv-ray/bin/python -m pip install --quiet --editable '.[ray]'
 	touch $@
 
 demo: install  ## train question-guided selection on cards, show results (about 8 minutes on two cores with AVX-512, 10 with AVX2 only)

@@ -40,20 +40,10 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from serve_answers import Answerer
 from serve_checkpoints import load, load_pair
-from serve_connections import OPTIONS, check_key, read_body
-from serve_requests import (
-    INTERNAL,
-    ChatRequest,
-    Limits,
-    RequestError,
-    disconnected,
-    error_body,
-    error_response,
-    parse,
-)
+from serve_connections import KEY, OPTIONS, check_key, read_body
+from serve_errors import HANDLERS, INTERNAL, RequestError, error_body
+from serve_requests import ChatRequest, Limits, parse
 from serve_shutdown import Gate, Server
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from transformers import AsyncTextIteratorStreamer
 
 from modeling_qgsa import GuidedVLM, QGSAProcessor, QGSASmolVLMForConditionalGeneration
@@ -61,16 +51,11 @@ from training.cli.arguments import errors_in_one_line
 from training.cli.arguments import parse as parse_arguments
 
 
-KEY = "QGSA_API_KEY"  # environment variable
-
-
 @dataclass
-class ServeArguments(Limits):
-    """Model, address and limits of the server."""
+class ServedArguments(Limits):
+    """Model, key and limits of a server."""
 
     model: str = field(default="hub_cards/tiny-qgsa", metadata={"help": "QGSA checkpoint: Hub id or folder."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
-    port: int = field(default=8000, metadata={"help": "Port to listen on."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
     guide: str | None = field(
         default=None, metadata={"help": "Small QGSA checkpoint that tells the model where to look."}
@@ -99,7 +84,15 @@ class ServeArguments(Limits):
             raise ValueError(f"shutdown_timeout ({self.shutdown_timeout}) must be at least 0")
 
 
-def load_served(run: ServeArguments):
+@dataclass
+class ServeArguments(ServedArguments):
+    """Model, key, limits and address of the server."""
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+
+
+def load_served(run: ServedArguments):
     """Load `(model, processor, pair)`: a checkpoint, or a saved pair; `pair` is None if there is no guide.
 
     Raises ValueError as `load` does, and if a pair gets another guide.
@@ -202,15 +195,6 @@ async def events(chat: ChatRequest, head: dict, first: str | None, pieces, answe
     yield "data: [DONE]\n\n"
 
 
-def handle(request: Request, error: Exception) -> JSONResponse:
-    """Response of any error; unexpected ones reveal no details."""
-    if isinstance(error, HTTPException):
-        error = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-    elif isinstance(error, ClientDisconnect):
-        error = disconnected()
-    return error_response(error if isinstance(error, RequestError) else INTERNAL)
-
-
 def make_app(
     model: QGSASmolVLMForConditionalGeneration,
     processor: QGSAProcessor,
@@ -220,7 +204,6 @@ def make_app(
 ) -> Gate:
     """Server as an ASGI application; arguments as in `Answerer`, and the key that all but `/health` asks for."""
     answerer, started = Answerer(model, processor, limits, pair), int(time.time())
-    handled = (RequestError, HTTPException, ClientDisconnect, Exception)
 
     @asynccontextmanager
     async def lifespan(_):
@@ -230,7 +213,7 @@ def make_app(
     async def authorize(request: Request):
         check_key(request, api_key)
 
-    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=dict.fromkeys(handled, handle))
+    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=HANDLERS)
     gate, authorized = Gate(app, answerer), {"dependencies": [Depends(authorize)]}
 
     @app.get("/health")

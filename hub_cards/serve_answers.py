@@ -8,9 +8,10 @@ from dataclasses import asdict
 import torch
 from serve_batches import Batches, Job, Rows, collate
 from serve_connections import Places
+from serve_errors import RequestError
 from serve_images import Encoded, ImageReader
 from serve_metrics import Metrics
-from serve_requests import ChatRequest, Limits, RequestError, check_limits
+from serve_requests import ChatRequest, Limits, check_limits
 from serve_templates import ChatTemplate
 from transformers import AsyncTextIteratorStreamer, StoppingCriteriaList
 

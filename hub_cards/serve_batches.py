@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from serve_errors import RequestError, closing, disconnected
 from serve_images import READERS, Encoded
-from serve_requests import ChatRequest, RequestError, closing, disconnected
+from serve_requests import ChatRequest
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AsyncTextIteratorStreamer, StoppingCriteria
 

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import h11
-from serve_requests import RequestError
+from serve_errors import RequestError
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+
+KEY = "QGSA_API_KEY"  # environment variable
 
 SECONDS_FOR_HEAD = 10  # from the connection, or from the last response, to the end of the head of a request
 SECONDS_TO_SEND = 60  # a request, whose body is in memory meanwhile

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import httpx
 from PIL import Image
-from serve_requests import ChatRequest, Limits, RequestError
+from serve_errors import RequestError
+from serve_requests import ChatRequest, Limits
 from serve_workers import WorkerKilled, Workers
 
 

@@ -4,7 +4,7 @@ import time
 
 import uvicorn
 from serve_answers import Answerer
-from serve_requests import closing, error_response
+from serve_errors import closing, error_response
 
 
 OPEN = ("/health", "/metrics")  # answered at any time, and not counted

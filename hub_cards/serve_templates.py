@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from serve_requests import RequestError
+from serve_errors import RequestError
 from serve_workers import WorkerKilled, Workers
 
 from modeling_qgsa import QGSAProcessor

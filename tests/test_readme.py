@@ -14,6 +14,7 @@ import pytest
 import serve
 import serve_faults
 import serve_load
+import serve_ray_load
 import serve_throughput
 from serving import serving
 
@@ -88,6 +89,7 @@ TABLES = {
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_engines_cpu": lambda rows: [format_engines(rows, "256m")],
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
+    "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
     "speed_500m_cpu": lambda rows: [format_speed(rows, 2048)],
@@ -237,6 +239,7 @@ PARSERS = {
     "hub_cards/serve_faults.py": serve_faults.FaultsArguments,
     "hub_cards/serve_load.py": serve_load.LoadArguments,
     "hub_cards/serve_throughput.py": serve_throughput.ThroughputArguments,
+    "hub_cards/serve_ray_load.py": serve_ray_load.RayLoadArguments,
     "training/benchmark.py": BenchmarkArguments,
     "training/run_guided.py": (PairArguments, DataArguments, AnswerArguments),
     "training/studies/engines.py": EnginesArguments,
@@ -249,6 +252,7 @@ PARSERS = {
     "training/studies/pointing.py": PointingArguments,
     "training/studies/pareto.py": ParetoArguments,
 }
+PYTHONS = ("python", ".venv-ray/bin/python")
 CPU = ["--use_cpu", "true"]
 PRESET_PARSERS = {
     "training/run_qgsa.py": lambda given: (
@@ -277,7 +281,9 @@ def test_the_commands_parse(page):
             assert subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True).returncode == 0, line
         elif program == "python" and arguments[0] in PRESET_PARSERS:
             PRESET_PARSERS[arguments[0]](arguments[1:])
-        elif program == "python" and arguments[0] in PARSERS:
+        elif program in (".venv-ray/bin/serve", ".venv-ray/bin/ray"):
+            assert all((ROOT / name).exists() for name in arguments if name.endswith(".yaml")), line
+        elif program in PYTHONS and arguments[0] in PARSERS:
             Parser(PARSERS[arguments[0]]).parse(arguments[1:])
         elif program == "python" and arguments[0] != "-m":
             assert (ROOT / arguments[0]).exists(), line
@@ -287,4 +293,4 @@ def test_the_commands_parse(page):
                 ["pip", "install", "./qgsa-smolvlm"],
             )
         else:
-            assert program in ("hf", "lm_eval", ".venv-vllm/bin/python"), line
+            assert program in ("export", "hf", "lm_eval", ".venv-vllm/bin/python"), line

@@ -22,8 +22,8 @@ import pytest
 import serve
 from PIL import Image
 from serve import Limits, ServeArguments, cut, load, load_served, make_app
+from serve_errors import RequestError
 from serve_images import fetch, is_public
-from serve_requests import RequestError
 from serving import serving
 
 from modeling_qgsa import GuidedVLM

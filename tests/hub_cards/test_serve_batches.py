@@ -14,7 +14,8 @@ import pytest
 import torch
 from serve import Limits, load, make_app
 from serve_batches import Batches, Job, Rows, collate
-from serve_requests import ChatRequest, RequestError
+from serve_errors import RequestError
+from serve_requests import ChatRequest
 from serving import serving, wait_until
 
 from modeling_qgsa import GuidedVLM

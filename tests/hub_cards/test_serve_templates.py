@@ -6,7 +6,7 @@ import httpx
 import pytest
 import serve_templates
 from serve import Limits, load, make_app
-from serve_requests import RequestError
+from serve_errors import RequestError
 from serve_templates import ChatTemplate
 from serving import serving
 
