@@ -50,7 +50,8 @@ from training.studies.pointing import PointingArguments, format_pointing
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 HEADING = re.compile(r"^#+ (.+)$", re.M)
-RESULTS = ROOT / "hub_cards" / "results"
+HUB = ROOT / "hub_cards"
+RESULTS = HUB / "results"
 FIRST_SYSTEMS = ("dense", "dense-global-only", "qgsa", "qgsa-blocks")
 
 
@@ -174,7 +175,14 @@ def test_all_results_are_told():
 
 
 @pytest.mark.parametrize(
-    "page", [README, RESULTS / "README.md", ROOT / "hub_cards" / "space" / "README.md", ROOT / "CONTRIBUTING.md"]
+    "page",
+    [
+        README,
+        RESULTS / "README.md",
+        HUB / "space" / "README.md",
+        HUB / "browser" / "README.md",
+        ROOT / "CONTRIBUTING.md",
+    ],
 )
 def test_pages_name_only_files_that_exist(page):
     text = page.read_text()

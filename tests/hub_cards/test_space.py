@@ -7,7 +7,6 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from browsing import WAIT, chromium, watched_page
 from PIL import Image, ImageChops
 
 
@@ -23,9 +23,6 @@ pytest.importorskip("gradio")
 
 SPACE = Path(__file__).parents[2] / "hub_cards" / "space"
 QUESTIONS = ("what shape is on the red card?", "what shape is on the purple card?")  # in different tiles
-CHROMIUM = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-CHROMIUM += " --disable-component-update --disable-sync"
-WAIT = 15_000  # ms, the timeout of the page
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for loopback
 
 
@@ -162,23 +159,9 @@ def answers(address: str) -> bool:
 
 @pytest.fixture
 def page(server):
-    """A browser page with the app; it must not log errors or contact other hosts."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not shutil.which("chromium"):
-        pytest.skip("chromium is not on the PATH")
-    said, asked = [], []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 1065})
-        page.set_default_timeout(WAIT)
-        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+    with chromium() as browser, watched_page(browser, server, 1280, 1065) as page:
         page.goto(server)
         yield page
-        browser.close()
-    assert not said
-    assert all(url.startswith((server, "data:", "blob:")) for url in asked)
 
 
 def wait_for(look, condition):
