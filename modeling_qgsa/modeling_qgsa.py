@@ -397,7 +397,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             vision_dtype: dtype of encoder and connector, converted in place; None leaves it unchanged.
             tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it unchanged.
             threads: number of threads of torch, `torch.set_num_threads`; None leaves it unchanged. It holds for the
-                whole process, except for Python threads that have used torch before. Only on a CPU it is measured, up
+                whole process, except for Python threads that have used torch before. It is measured on a CPU only, up
                 to the cores that the process may use, or `OMP_NUM_THREADS`.
             saved: file for what is fastest, in place of the other arguments: read if it exists, else measured and
                 written.

@@ -28,7 +28,7 @@ from transformers import Idefics3Processor
 from modeling_qgsa import QGSAProcessor, VisualCache
 from training.cli.arguments import errors_in_one_line, parse
 from training.costs.meter import keep_freed_memory, now, watch_memory
-from training.costs.systems import build_models, present_systems
+from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Workload, pick_images, row_of
 from training.costs.tuning import tune
 from training.evaluation.report import write_results
@@ -271,8 +271,8 @@ def make_runners(run: GrowthArguments) -> list[TorchRunner]:
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    if "fast" in models:
-        tune(models["fast"])
+    for name in (name for name in TUNED if name in models):
+        tune(models[name])
     return [TorchRunner(name, Workload(), models, processors) for name in run.systems]
 
 

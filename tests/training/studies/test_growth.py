@@ -122,6 +122,14 @@ def test_dense_is_left_out_where_it_takes_too_long(given):
     assert study.why_not(dense, second) is None
 
 
+def test_all_models_in_the_fastest_precision_are_tuned(given, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(growth, "tune", tuned.append)
+    run = GrowthArguments(**{**given, "systems": ["dense", "qgsa", "qgsa-half-glance"]})
+    _, fast, half = growth.make_runners(run)
+    assert tuned == [fast.model, half.model]
+
+
 def test_a_long_call_is_not_repeated(given, monkeypatch):
     run = GrowthArguments(**{**given, "repeats": 3, "systems": ["qgsa"]})
     study = Growth(run, growth.make_runners(run), growth.pick_images(run.images, 2))
