@@ -32,7 +32,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from serve_connections import KEY, Places, check_key, read_body
-from serve_errors import HANDLERS, INTERNAL, RequestError, closing, error_body
+from serve_errors import HANDLERS, RequestError, closing, error_body, internal
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -94,7 +94,9 @@ class Replica:
         run = parse(ServedArguments, args)
         run.max_waiting = 2 * run.max_batch_size  # all that Serve hands out: the queue is at the door
         model, processor, pair = load_served(run)
-        self.gate = make_app(model.tune(), processor, run, pair)  # without a key, which the door has asked for
+        self.gate = make_app(
+            model.tune(saved=run.tuning), processor, run, pair
+        )  # without a key, which the door has asked for
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
         """Run the application on one request; yields its ASGI messages."""
@@ -303,7 +305,7 @@ class Passage:
         finally:
             answer.cancel()  # if the client has disconnected
         if not self.begun:
-            raise INTERNAL
+            raise internal()
 
 
 def app(args: dict) -> Application:
