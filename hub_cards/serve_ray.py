@@ -54,7 +54,7 @@ SECONDS_TO_LOOK_BACK = 15  # Serve counts requests every ten
 SECONDS_TO_ADD = 5  # of too many requests, until replicas are added
 SECONDS_TO_REMOVE = 300  # of too few, until replicas are removed
 SECONDS_TO_SAY_SO = 5  # that a replica has not answered in time, while the application ends
-MOST_AT_THE_DOOR = 10_000  # it refuses long before
+MAX_AT_THE_DOOR = 10_000  # it refuses long before
 
 
 @dataclass
@@ -336,7 +336,7 @@ def app(args: dict) -> Application:
     )
     places = 2 * size * fleet.max_replicas + run.max_waiting
     door = serve.deployment(Door).options(
-        max_ongoing_requests=MOST_AT_THE_DOOR,
+        max_ongoing_requests=MAX_AT_THE_DOOR,
         max_queued_requests=places,  # while there is no door
         graceful_shutdown_timeout_s=run.shutdown_timeout + SECONDS_TO_SAY_SO,
         ray_actor_options={"num_cpus": 0},
