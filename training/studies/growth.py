@@ -197,18 +197,26 @@ class Growth:
 
     def body(self, runner: TorchRunner, point: Point, head: dict) -> dict:
         """What a row says of its seconds and memory; or why there are none."""
+        if point.axis == "questions" and runner.name in self.asked:
+            return self.asked_up_to(runner, point.questions)
         why = self.why_not(runner, head)
         if why is not None:
             return {"skipped": why}
         runner.workload = point.workload
         images = [image.resize((point.px, point.px)) for image in self.images[: point.batch_size]]
         if point.axis == "questions":
-            if runner.name not in self.asked:
-                counts = range(2, self.run.questions + 1)
-                possible = [count for count in counts if self.why_not(runner, head | {"questions": count}) is None]
-                self.asked[runner.name] = self.ask_again(runner, point.edge, images, max(possible, default=1))
-            return self.asked[runner.name][point.questions - 1]
+            counts = range(2, self.run.questions + 1)
+            possible = [count for count in counts if self.why_not(runner, head | {"questions": count}) is None]
+            self.asked[runner.name] = self.ask_again(runner, point.edge, images, max(possible, default=1))
+            return self.asked_up_to(runner, point.questions)
         return self.same_work(runner, head) or self.time(runner, point, images)
+
+    def asked_up_to(self, runner: TorchRunner, questions: int) -> dict:
+        """What a row says of so many questions about an image, which were asked one after another."""
+        rows = self.asked[runner.name]
+        if questions <= len(rows):
+            return rows[questions - 1]
+        return {"skipped": f"would take about {rows[-1]['seconds_median'] * questions / len(rows):.0f} s"}
 
     def same_work(self, runner: TorchRunner, head: dict) -> dict | None:
         """What a row of another axis says of the same work; None if there is none."""
