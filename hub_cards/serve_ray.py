@@ -5,7 +5,7 @@
 
 Each replica runs the application of `serve.py`, with the same routes, limits and errors. `args` of the YAML file are
 the options of `serve.py`, except host and port, and those of `Fleet`. Every request comes through the door, which
-reads it, asks for the API key and passes it on. Requests wait there until a replica has room; replicas are added and
+reads it, checks the API key and passes it on. Requests wait there until a replica has room; replicas are added and
 removed by the number of requests that wait and run.
 
 If a replica dies, the door asks another one, once, unless the answer has begun: an answer changes nothing, so that it
@@ -94,9 +94,7 @@ class Replica:
         run = parse(ServedArguments, args)
         run.max_waiting = 2 * run.max_batch_size  # all that Serve hands out: the queue is at the door
         model, processor, pair = load_served(run)
-        self.gate = make_app(
-            model.tune(saved=run.tuning), processor, run, pair
-        )  # without a key, which the door has asked for
+        self.gate = make_app(model.tune(saved=run.tuning), processor, run, pair)  # the door has checked the key
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
         """Run the application on one request; yields its ASGI messages."""
