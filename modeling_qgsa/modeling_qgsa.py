@@ -404,7 +404,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
 
         Returns the model. Raises ValueError for a dtype that is not floating-point and for less than 1 tile or thread;
         without these, also if weights of the encoder are quantized or offloaded, and if `saved` was measured on
-        another processor, version of torch or architecture.
+        another processor, number of cores, device, version of torch or architecture.
         """
         tune_encoder(self.model, vision_dtype, tiles_per_step, threads, saved)
         return self
