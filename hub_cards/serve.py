@@ -41,7 +41,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from serve_answers import Answerer
 from serve_checkpoints import load, load_pair
 from serve_connections import KEY, OPTIONS, check_key, read_body
-from serve_errors import HANDLERS, INTERNAL, RequestError, error_body
+from serve_errors import HANDLERS, RequestError, error_body, internal
 from serve_requests import ChatRequest, Limits, parse
 from serve_shutdown import Gate, Server
 from transformers import AsyncTextIteratorStreamer
@@ -187,7 +187,7 @@ async def events(chat: ChatRequest, head: dict, first: str | None, pieces, answe
         yield f"data: {json.dumps(error_body(error))}\n\n"
         return
     except Exception:
-        yield f"data: {json.dumps(error_body(INTERNAL))}\n\n"
+        yield f"data: {json.dumps(error_body(internal()))}\n\n"
         raise
     yield event({**delta({}, done.finish_reason), "qgsa": done.qgsa})
     if chat.stream_options.include_usage:

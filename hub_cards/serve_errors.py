@@ -20,11 +20,16 @@ class RequestError(Exception):
         self.message, self.param, self.status, self.code = message, param, status, code
 
 
-INTERNAL = RequestError("internal server error: see the server log", status=500)
+# Each error is a new one, since an error that is raised keeps its tracebacks.
+
+
+def internal() -> RequestError:
+    """The error of a failure that reveals no details."""
+    return RequestError("internal server error: see the server log", status=500)
 
 
 def disconnected() -> RequestError:
-    """The error of a request without a client; a new one each time, since an error keeps tracebacks."""
+    """The error of a request without a client."""
     return RequestError("client disconnected", status=499)
 
 
@@ -51,7 +56,7 @@ def handle(request: Request, error: Exception) -> JSONResponse:
         error = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
     elif isinstance(error, ClientDisconnect):
         error = disconnected()
-    return error_response(error if isinstance(error, RequestError) else INTERNAL)
+    return error_response(error if isinstance(error, RequestError) else internal())
 
 
 # Of a Starlette or FastAPI application.

@@ -107,14 +107,13 @@ class Attack:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """A connection, which is reset at the end of the block; that the server closes it earlier is no error."""
-        with suppress(OSError):
-            reader, writer = await asyncio.open_connection(self.host, self.port, local_addr=(ATTACKER, 0))
-            self.connections += 1
-            try:
-                yield reader, writer
-            finally:
-                writer.transport.abort()
+        """A connection, which is reset at the end of the block."""
+        reader, writer = await asyncio.open_connection(self.host, self.port, local_addr=(ATTACKER, 0))
+        self.connections += 1
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
 
     async def vanish(self, number: int):
         """Send a part of a request, or all of it, and disconnect within half a second."""
@@ -145,8 +144,9 @@ class Attack:
 
     async def be_idle(self, number: int):
         """Connect and send nothing; come back half a second after the server has closed the connection."""
-        async with self.connection() as (reader, _):
-            await reader.read()
+        with suppress(OSError):
+            async with self.connection() as (reader, _):
+                await reader.read()
         await asyncio.sleep(0.5)
 
     async def keep_on(self, clients: int, once: Callable[[int], Awaitable[None]]):
@@ -154,7 +154,8 @@ class Attack:
 
         async def repeat(number: int):
             while True:
-                await once(number)
+                with suppress(OSError):  # the server takes no connection, or closes it early
+                    await once(number)
                 await asyncio.sleep(0.01)
 
         await asyncio.gather(*map(repeat, range(clients)))

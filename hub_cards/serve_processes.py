@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 
 
-SERVER = Path(__file__).with_name("serve.py")
+SERVER = Path(__file__).resolve().with_name("serve.py")
 ROOT = SERVER.parent.parent
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"  # of make vllm
 VLLM_ENVIRONMENT = {
@@ -83,14 +84,19 @@ def vllm(python: str, model: str | Path, *options: str) -> Command:
     return Command("vLLM", (*words, "--enforce-eager", *options), VLLM_ENVIRONMENT)
 
 
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextmanager
 def started(command: Command, log: Path) -> Iterator[Running]:
     """Start a server on a free port, wait until it answers, and end it and the processes below it.
 
     Raises OSError if it does not start.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     words, environment = [*command.words, f"--port={port}"], {**os.environ, **command.environment}
     # A file: a pipe that nobody reads would fill up, and then hold the server.
     with log.open("w") as printed, subprocess.Popen(words, stdout=printed, stderr=printed, env=environment) as process:
@@ -114,17 +120,32 @@ def wait_until_healthy(name: str, running: Running, process: subprocess.Popen):
     raise OSError(f"{name} did not start: {running.log.read_text().strip().splitlines()[-1:]}")
 
 
-def end(process: subprocess.Popen):
-    """End a server, in peace if it can, and all processes below it."""
-    below = process_tree(process.pid)
-    process.terminate()
+def end(process: subprocess.Popen, sign: signal.Signals = signal.SIGTERM):
+    """End a server with a signal, and kill it if it takes too long, and what is left of the processes below it."""
+    below = {pid: born(pid) for pid in process_tree(process.pid)[1:]}
+    process.send_signal(sign)
     try:
         process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:
         process.kill()
-    for pid in below[1:]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, 9)
+        process.wait()
+    for pid, when in below.items():
+        if when and born(pid) == when:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def read_proc(pid: int, name: str) -> str:
+    """A file that Linux has of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
+
+
+def born(pid: int) -> str:
+    """When a process started, as the system counts; tells it from a later one with its id."""
+    return "".join(read_proc(pid, "stat").rpartition(")")[2].split()[19:20])
 
 
 def process_tree(pid: int) -> list[int]:

@@ -5,7 +5,7 @@
 
 Each replica runs the application of `serve.py`, with the same routes, limits and errors. `args` of the YAML file are
 the options of `serve.py`, except host and port, and those of `Fleet`. Every request comes through the door, which
-reads it, asks for the API key and passes it on. Requests wait there until a replica has room; replicas are added and
+reads it, checks the API key and passes it on. Requests wait there until a replica has room; replicas are added and
 removed by the number of requests that wait and run.
 
 If a replica dies, the door asks another one, once, unless the answer has begun: an answer changes nothing, so that it
@@ -32,7 +32,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from serve_connections import KEY, Places, check_key, read_body
-from serve_errors import HANDLERS, INTERNAL, RequestError, closing, error_body
+from serve_errors import HANDLERS, RequestError, closing, error_body, internal
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -54,7 +54,7 @@ SECONDS_TO_LOOK_BACK = 15  # Serve counts requests every ten
 SECONDS_TO_ADD = 5  # of too many requests, until replicas are added
 SECONDS_TO_REMOVE = 300  # of too few, until replicas are removed
 SECONDS_TO_SAY_SO = 5  # that a replica has not answered in time, while the application ends
-MOST_AT_THE_DOOR = 10_000  # it refuses long before
+MAX_AT_THE_DOOR = 10_000  # it refuses long before
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Replica:
         run = parse(ServedArguments, args)
         run.max_waiting = 2 * run.max_batch_size  # all that Serve hands out: the queue is at the door
         model, processor, pair = load_served(run)
-        self.gate = make_app(model.tune(), processor, run, pair)  # without a key, which the door has asked for
+        self.gate = make_app(model.tune(saved=run.tuning), processor, run, pair)  # the door has checked the key
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
         """Run the application on one request; yields its ASGI messages."""
@@ -303,7 +303,7 @@ class Passage:
         finally:
             answer.cancel()  # if the client has disconnected
         if not self.begun:
-            raise INTERNAL
+            raise internal()
 
 
 def app(args: dict) -> Application:
@@ -334,7 +334,7 @@ def app(args: dict) -> Application:
     )
     places = 2 * size * fleet.max_replicas + run.max_waiting
     door = serve.deployment(Door).options(
-        max_ongoing_requests=MOST_AT_THE_DOOR,
+        max_ongoing_requests=MAX_AT_THE_DOOR,
         max_queued_requests=places,  # while there is no door
         graceful_shutdown_timeout_s=run.shutdown_timeout + SECONDS_TO_SAY_SO,
         ray_actor_options={"num_cpus": 0},

@@ -11,7 +11,6 @@ answered, refused (a 503, or an error at the end of its stream) or lost (its con
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +24,14 @@ from pathlib import Path
 import httpx
 import torch
 import yaml
-from serve_load import SECONDS_TO_ANSWER, LoadArguments, make_bodies, percentiles, started
+from serve_load import SECONDS_TO_ANSWER, LoadArguments, make_bodies, percentiles
+from serve_processes import ROOT, SECONDS_TO_START, end, free_port, ours, process_tree, read_proc, started
 
 from training.cli.arguments import errors_in_one_line, parse
 from training.evaluation.report import write_results
 
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path(__file__).with_name("serve_ray.yaml")
-SECONDS_TO_START = 600  # on a busy machine; about 30 otherwise
-SECONDS_TO_END = 60
 REPLICA = "ray::ServeReplica:qgsa:Replica"
 # Ray listens on all addresses otherwise, also with --node-ip-address 127.0.0.1; on other systems this is the default.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
@@ -58,54 +55,26 @@ class RayLoadArguments(LoadArguments):
         super().__post_init__()
         if min(self.replicas, default=0) < 1:
             raise ValueError(f"replicas ({min(self.replicas, default=0)}) must be at least 1")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def descendants(pid: int) -> list[int]:
-    """Ids of all processes below a process."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        try:
-            children = [int(each) for each in (task / "children").read_text().split()]
-        except OSError:  # ended meanwhile
-            continue
-        found += [each for child in children for each in (child, *descendants(child))]
-    return found
-
-
-def read_proc(pid: int, name: str) -> str:
-    """A file of a process; empty once it has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text()
-    except OSError:
-        return ""
-
-
-def born(pid: int) -> str:
-    """When a process started, as the system counts; tells it from a later one with its id."""
-    return "".join(read_proc(pid, "stat").rpartition(")")[2].split()[19:20])
+        if len(self.batch_sizes) > 1 or self.repeats > 1:
+            given = f"batch_sizes ({self.batch_sizes}) and repeats ({self.repeats})"
+            raise ValueError(f"{given}: must be one batch size and one turn")
 
 
 def replica_pids(pid: int) -> list[int]:
     """Ids of the processes of replicas below a process."""
-    return [each for each in descendants(pid) if read_proc(each, "cmdline").startswith(REPLICA)]
+    return [each for each in process_tree(pid)[1:] if read_proc(each, "cmdline").startswith(REPLICA)]
 
 
 def memory(pid: int) -> float:
     """GB of all processes below a process; what they share counts once."""
-    lines = [line for each in descendants(pid) for line in read_proc(each, "smaps_rollup").splitlines()]
+    lines = [line for each in process_tree(pid)[1:] for line in read_proc(each, "smaps_rollup").splitlines()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e6
 
 
 def cpu_seconds(pid: int) -> dict[int, float]:
     """Seconds of work of each process below a process, which other programs lengthen little."""
     spent = {}
-    for each in descendants(pid):
+    for each in process_tree(pid)[1:]:
         if fields := read_proc(each, "stat").rpartition(")")[2].split():
             spent[each] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return spent
@@ -181,20 +150,6 @@ def started_fleet(log: Path, replicas: int, args: dict, **environment: str) -> I
         fleet = FleetProcess(f"http://127.0.0.1:{config['http_options']['port']}", ray, run)
         fleet.wait_for(replicas)
         yield fleet
-
-
-def end(process: subprocess.Popen, sign: signal.Signals):
-    """End a process with a signal, and kill what is left below it."""
-    left = {pid: born(pid) for pid in descendants(process.pid)}
-    if process.poll() is None:
-        process.send_signal(sign)
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    for pid, when in left.items():
-        if when and born(pid) == when:
-            os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
@@ -278,9 +233,10 @@ def measure_all(run: RayLoadArguments) -> list[dict]:
         for clients in run.clients:
             rows.append({"system": system, **measure(url, bodies, clients, run.requests, **options)})
 
-    with started(run, size) as url:
-        measure(url, bodies, max(run.clients), max(run.clients))  # warms up
-        add("serve.py", url)
+    alone = ours(run.model, max_batch_size=size, max_waiting=max(run.clients))
+    with started(alone, log.with_name("serve.log")) as server:
+        measure(server.url, bodies, max(run.clients), max(run.clients))  # warms up
+        add("serve.py", server.url)
     args = {"model": run.model, "num_cpus": run.num_cpus, "max_batch_size": size, "max_waiting": max(run.clients)}
     for replicas in run.replicas:
         with started_fleet(log, replicas, args) as fleet:

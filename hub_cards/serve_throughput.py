@@ -4,10 +4,11 @@
     python hub_cards/serve_throughput.py --model ../shared/checkpoints/smolvlm-256m-instruct --random_weights true
 
 Four servers, one after the other, get the same questions from 32 clients: vLLM with the plain checkpoint, vLLM with
-`qgsa_vllm`, and `serve.py` with batches and one request at a time. All have the same weights and number of threads; a
-QGSA checkpoint encodes as many tiles as `--tiles` says, the plain one all. Every request brings an image of its own,
-so that no cache answers: those of vLLM for prefixes and images stay on, and their hits are counted. The clients share
-the processor with the server. Without vLLM its rows say so. Writes `throughput_cpu.json` and prints the table.
+`qgsa_vllm`, and `serve.py` with batches and one request at a time. All have the same weights and may use as many
+threads; a QGSA checkpoint encodes as many tiles as `--tiles` says, the plain one all. Every request brings an image of
+its own, so that no cache answers: those of vLLM for prefixes and images stay on, and their hits are counted. The
+clients share the processor with the server. Without vLLM its rows say so. Writes `throughput_cpu.json` and prints the
+table.
 """
 
 import asyncio
@@ -59,7 +60,9 @@ class ThroughputArguments:
     max_new_tokens: int = field(default=8, metadata={"help": "Tokens per answer."})
     max_batch_size: int = field(default=8, metadata={"help": "Batches of serve.py."})
     max_model_len: int = field(default=2048, metadata={"help": "Longest prompt and answer in vLLM, in tokens."})
-    vllm_dtype: str = field(default="float32", metadata={"help": "Precision of vLLM; serve.py measures its own."})
+    vllm_dtype: str = field(
+        default="float32", metadata={"help": "Precision of vLLM; serve.py measures its own, and its threads."}
+    )
     vllm_python: str = field(
         default=str(VLLM_PYTHON), metadata={"help": "Python of the environment that make vllm sets up."}
     )

@@ -397,14 +397,14 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             vision_dtype: dtype of encoder and connector, converted in place; None leaves it unchanged.
             tiles_per_step: tiles encoded at once, `config.tiles_per_step`; None leaves it unchanged.
             threads: number of threads of torch, `torch.set_num_threads`; None leaves it unchanged. It holds for the
-                whole process, except for Python threads that have used torch before. Only on a CPU it is measured, up
+                whole process, except for Python threads that have used torch before. It is measured on a CPU only, up
                 to the cores that the process may use, or `OMP_NUM_THREADS`.
             saved: file for what is fastest, in place of the other arguments: read if it exists, else measured and
                 written.
 
         Returns the model. Raises ValueError for a dtype that is not floating-point and for less than 1 tile or thread;
         without these, also if weights of the encoder are quantized or offloaded, and if `saved` was measured on
-        another processor, version of torch or architecture.
+        another processor, number of cores, device, version of torch or architecture.
         """
         tune_encoder(self.model, vision_dtype, tiles_per_step, threads, saved)
         return self

@@ -172,6 +172,7 @@ def tune_encoder(
     if not given:
         found = fastest_encoder(model) if saved is None else read_or_measure(model, Path(saved))
         vision_dtype, tiles_per_step, threads = found.vision_dtype, found.tiles_per_step, found.threads
+        model.config.tiles_per_step = tiles_per_step  # None here: all at once
         print(f"encoder tuned: {found}{'' if saved is None else f', saved in {saved}'}", flush=True)
     if vision_dtype is not None:
         model.vision_model.to(vision_dtype)

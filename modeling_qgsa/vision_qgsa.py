@@ -135,7 +135,7 @@ def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch
         return visual.features[tiles]
     if visual.cache is not None:
         return encode_new_tiles(model, visual, layout, tiles)
-    scaled = tiles & layout.is_global & layout.has_tiles & (model.config.glance_downscale > 1)
+    scaled = tiles & scaled_down(model, layout)
     whole, size = tiles & ~scaled, (layout.tokens_per_tile, model.config.text_config.hidden_size)
     parts = []
     if whole.any():
@@ -147,6 +147,17 @@ def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch
         parts.append((scaled, encode_scaled_down(model, *visual.pixels(layout, scaled))))
     order = torch.cat([part.nonzero()[:, 0] for part, _ in parts]).argsort()
     return torch.cat([features for _, features in parts])[order]
+
+
+def scaled_down(model, layout: VisualLayout) -> torch.Tensor:
+    """The global views that `config.glance_downscale` scales down: those of images that have tiles, `(T,)` bool."""
+    return layout.is_global & layout.has_tiles & (model.config.glance_downscale > 1)
+
+
+def tile_key(model, visual: VisualInputs, layout: VisualLayout, tile: int) -> tuple:
+    """Identity of a tile as the encoder sees it: that of its pixels, and by how much they are scaled down."""
+    scale = model.config.glance_downscale if scaled_down(model, layout)[tile] else 1
+    return *visual.key(layout, tile), scale
 
 
 def encode_scaled_down(model, pixels: torch.Tensor, pixel_attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -175,7 +186,7 @@ def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: t
         raise ValueError("visual_cache is for inference, but the model is in training mode: call model.eval()")
     encoder, features = encoder_key(model), []
     for tile in tiles.nonzero()[:, 0].tolist():
-        key = (encoder, visual.key(layout, tile))
+        key = (encoder, tile_key(model, visual, layout, tile))
         found = visual.cache.get(key)
         if found is None:
             one = torch.arange(len(tiles), device=tiles.device) == tile
@@ -194,7 +205,7 @@ def encoder_key(model) -> tuple:
     switches = tuple(
         str(value) for part in parts for value in vars(part).values() if isinstance(value, bool | str | list)
     )
-    return weakref.ref(model.vision_model), hash((versions, switches, model.config.glance_downscale))
+    return weakref.ref(model.vision_model), hash((versions, switches))
 
 
 # One encoder, two models
@@ -228,16 +239,20 @@ def remember_tiles(model, visual: VisualInputs, layout: VisualLayout, seen: torc
 
     Args:
         seen: `(T,)` bool.
-        states: of all of these tiles, those of the global views first, see `recorded_states`; others are left alone.
+        states: of all of these tiles, see `recorded_states`, in the order in which they are encoded: whole global
+            views, those scaled down, then tiles; others are left alone.
     """
-    order = torch.cat([layout.is_global.nonzero()[:, 0], (seen & ~layout.is_global).nonzero()[:, 0]])
+    smaller = scaled_down(model, layout)
+    kinds = (layout.is_global & ~smaller, smaller, seen & ~layout.is_global)
+    order = torch.cat([kind.nonzero()[:, 0] for kind in kinds])
     if not states or sum(map(len, states)) != len(order):
         return
     weight = next(model.connector.parameters())
     encoder = encoder_key(model)
     for tile, state in zip(order.tolist(), (one for part in states for one in part)):
         features = model.connector(state[None].to(weight.device, weight.dtype)).to(model.text_model.dtype)
-        visual.cache.put((encoder, visual.key(layout, tile)), features.view(layout.tokens_per_tile, -1))
+        key = (encoder, tile_key(model, visual, layout, tile))
+        visual.cache.put(key, features.view(layout.tokens_per_tile, -1))
 
 
 # Blocks of tiles

@@ -47,7 +47,7 @@ from training.run_answers import main as answer_questions
 from training.standins.loading import load_base
 
 
-ADDED = {"glance_downscale": 1, "positions": "original"}
+ADDED = {"glance_downscale": 1, "positions": "original"}  # options that earlier runs lack, with what they did
 TASKS = ("train", "evaluate", "calibrate")
 SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough questions to show that the code runs
 

@@ -82,11 +82,15 @@ function checkConfig(config) {
   if (!POINTER_GRAPHS[config.pointer]) {
     throw new Error(`pointer (${config.pointer}) must be attention or selector: export the checkpoint again`);
   }
-  for (const [name, values] of Object.entries(SUPPORTED)) {
-    if (!values.includes(config[name] ?? values[0])) {
-      throw new Error(`${name} (${config[name]}) must be ${values.join(" or ")}: choose another checkpoint`);
-    }
-  }
+  for (const [name, values] of Object.entries(SUPPORTED)) check(name, config[name] ?? values[0]);
+}
+
+/** Raise an Error for a value of a field that the graphs cannot do. */
+function check(name, value) {
+  const values = SUPPORTED[name];
+  if (values.includes(value)) return;
+  const known = values.map(String).join(" or "); // String, or null would not show
+  throw new Error(`${name} (${value}) must be ${known}: change it, or choose another checkpoint`);
 }
 
 /** An exported checkpoint. */
@@ -136,13 +140,15 @@ export class QGSAModel {
     for (const token of this.special.keys()) {
       if (question.includes(token)) throw new Error(`question must not contain ${token}`);
     }
+    const variant = selection ?? this.config.selection ?? SUPPORTED.selection[0];
+    check("selection", variant);
     const cut = new TiledImage(image, this.settings);
     const prompt = chatPrompt(question).replace(IMAGE, () => cut.placeholders(this.tokens));
     const ids = this.tokenizer.encode(prompt);
     const markers = { image: this.special.get(IMAGE), fake: this.special.get(FAKE) };
     const layout = readLayout(ids, markers, cut.grid, this.tokens);
     const embeds = await this.embed(ids);
-    const dense = (selection ?? this.config.selection) === "dense";
+    const dense = variant === "dense";
     const chosen = await this.select({ cut, ids, layout, embeds, dense, onProgress });
     const positions = keepPositions(layout, chosen.kept, this.config.keep_tile_markers ?? true);
     const spliced = splice(embeds, chosen.features, layout, positions);

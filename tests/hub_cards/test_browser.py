@@ -171,6 +171,13 @@ def test_dense_answers_are_those_of_qgsa_onnx(open_page, site):
     assert_same_answers(open_page, site, "attention", samples, selection="dense")
 
 
+def test_a_selection_that_the_graphs_lack_is_refused(open_page, site, make_image):
+    make_image(1).save(site / "refused.png")
+    asked = ["attention", [["a red card?", "refused.png"]], {"selection": "blocks"}]
+    with pytest.raises(Exception, match=r"selection \(blocks\) must be before_encoder or dense"):
+        open_page("modules.html").evaluate(ASK, asked)
+
+
 def test_images_are_resized_as_by_pillow(open_page, make_image):
     image = make_image(3, 256, 256).resize((50, 40))
     pixels, page = np.asarray(image).ravel().tolist(), open_page("modules.html")
@@ -279,6 +286,7 @@ def copied(site, name, **fields):
         ({"pointer": None}, "", "pointer (null) must be attention or selector"),
         ({"positions": "compact"}, "", "positions (compact) must be original"),
         ({"selection": "blocks"}, "", "selection (blocks) must be before_encoder or dense"),
+        ({"positions_per_image": 40}, "", "positions_per_image (40) must be null: change it, or choose another"),
     ],
 )
 def test_bad_models_are_refused_in_one_line(fields, query, message, open_page, site):

@@ -38,6 +38,28 @@ def test_a_server_that_is_not_installed_says_so(rows):
     assert lines[1].startswith("| serve.py | clients that vanish | ") and "| skipped: vLLM " in lines[-1]
 
 
+@pytest.mark.parametrize("fault", [name for name, (clients, _) in FAULTS.items() if clients])
+def test_a_server_that_takes_no_connection_stops_no_faulty_client(fault, monkeypatch):
+    """As one does whose queue of connections is full."""
+    tries, (_, once) = 0, FAULTS[fault]
+
+    async def refuse(*_, **__):
+        nonlocal tries
+        tries += 1
+        raise ConnectionRefusedError
+
+    async def attack_for_a_while():
+        attack = serve_faults.Attack("http://127.0.0.1:1", b"{}")
+        async with asyncio.timeout(0.8):
+            await attack.keep_on(1, lambda number: once(attack, number))
+
+    monkeypatch.setattr(serve_faults, "GARBAGE_BYTES", 1000)
+    monkeypatch.setattr(asyncio, "open_connection", refuse)
+    with pytest.raises(TimeoutError):
+        asyncio.run(attack_for_a_while())
+    assert tries > 1
+
+
 def test_lost_requests_and_bad_health_are_counted(tmp_path):
     """By turns an answer, an error in OpenAI's format, and half an answer; /health is not healthy."""
     count = 0

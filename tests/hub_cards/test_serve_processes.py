@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 
 import pytest
-from serve_processes import Command, MemoryWatch, Running, process_tree, resident_memory, started, vllm
+import serve_processes
+from serve_processes import Command, MemoryWatch, Running, end, process_tree, resident_memory, started, vllm
 from serving import serving
 
 
@@ -45,6 +46,19 @@ def test_a_server_is_ended_with_all_below_it(tmp_path):
     deadline = time.monotonic() + 20
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline
+
+
+def test_a_process_that_has_the_id_of_an_ended_one_is_left_alone(monkeypatch):
+    """Ids are used again: what was below a server may be another program by the time that the server has ended."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT.format("input()")], stdin=subprocess.PIPE)
+    while len(process_tree(process.pid)) < 2:
+        time.sleep(0.01)
+    _, child = process_tree(process.pid)
+    clock = iter(("1", "2"))
+    monkeypatch.setattr(serve_processes, "born", lambda pid: next(clock))
+    end(process)
+    assert process.returncode == -15 and is_running(child)
+    os.kill(child, 9)
 
 
 def test_memory_is_that_of_all_processes():

@@ -132,6 +132,13 @@ def test_what_no_replica_takes_is_refused(refusal, code):
 def test_an_answer_without_any_message_is_an_error():
     error, asked = passed([])
     assert (error.status, asked) == (500, 1)
+    assert passed([])[0] is not error, "an error keeps the tracebacks of all requests that it is raised for"
+
+
+def test_a_replica_keeps_its_tuning(tmp_path):
+    saved = tmp_path / "tuning.json"
+    serve_ray.Replica({"model": NAME, "tuning": str(saved)}).gate.answerer.close()
+    assert json.loads(saved.read_text())["seconds_per_tile_and_layer"]
 
 
 def test_a_replica_that_tells_nothing_counts_for_a_minute(monkeypatch):

@@ -1,12 +1,18 @@
 """The load on replicas: outcomes of requests, processes, and the table of hub_cards/serve_ray_load.py."""
 
 import asyncio
+import inspect
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
-from serve_ray_load import ask_all, born, cpu_seconds, descendants, end, format_ray_load, kill_after, memory
+import serve_processes
+import serve_ray_load
+from serve_processes import Running, process_tree
+from serve_ray_load import RayLoadArguments, ask_all, cpu_seconds, format_ray_load, kill_after, measure_all, memory
 from serving import serving, wait_until
 
 
@@ -40,24 +46,57 @@ def test_outcomes_of_requests(status, pieces, kind):
     assert [(each.kind, each.status) for each in found] == [(kind, status)] * 5 and seen == [1, 2, 3, 4, 5]
 
 
-def test_what_is_below_a_process_ends_with_it():
+def test_work_and_memory_are_those_below_a_process():
     sleep = "import time; time.sleep(60)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}]).wait()"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait_until(lambda: descendants(process.pid))
-    (child,) = descendants(process.pid)
-    assert {process.pid, child} <= set(descendants(os.getpid())) and memory(process.pid) > 0
-    assert 0 <= cpu_seconds(process.pid)[child] < 60
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: process_tree(process.pid)[1:])
+    _, child = process_tree(process.pid)
+    assert memory(process.pid) > 0 and 0 <= cpu_seconds(process.pid)[child] < 60
     kill_after(3, process.pid, 2)
-    assert process.poll() is None and born(child)
+    assert process.poll() is None
     kill_after(3, process.pid, 3)
     assert process.wait(20) == -9
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait_until(lambda: descendants(process.pid))
-    (other,) = descendants(process.pid)
-    end(process, 15)
-    wait_until(lambda: not born(other))
     os.kill(child, 9)
+
+
+def test_every_server_is_measured(tmp_path, monkeypatch):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": DONE})
+
+    run = RayLoadArguments(clients=[2], requests=6, output_dir=str(tmp_path))
+    started, signature = [], inspect.signature(serve_processes.started)
+    with (
+        serving(app, lifespan="off") as url,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim,
+    ):
+
+        @contextmanager
+        def server(*given):
+            command = signature.bind(*given).arguments["command"]
+            started.append(command.words[2:])
+            yield Running(url, os.getpid(), tmp_path)
+
+        @contextmanager
+        def fleet(log, replicas, args):
+            started.append(replicas)
+            yield SimpleNamespace(url=url, ray=SimpleNamespace(pid=0), wait_for=lambda count: 1.5)
+
+        monkeypatch.setattr(serve_ray_load, "started", server)
+        monkeypatch.setattr(serve_ray_load, "started_fleet", fleet)
+        monkeypatch.setattr(serve_ray_load, "replica_pids", lambda pid: [victim.pid])
+        rows = measure_all(run)
+    assert started == [(f"--model={run.model}", "--max_batch_size=8", "--max_waiting=2"), 1, 2]
+    assert [row["system"] for row in rows] == ["serve.py", "1 replica", "2 replicas", "2 replicas, one killed"]
+    assert {row["answered"] for row in rows} == {6} and victim.returncode == -9
+    assert [row["seconds_to_recover"] for row in rows] == [None, None, None, 1.5]
+
+
+@pytest.mark.parametrize("fields", [{"batch_sizes": [1, 8]}, {"repeats": 3}])
+def test_options_of_other_scripts_are_refused(fields):
+    with pytest.raises(ValueError, match="must be one batch size and one turn"):
+        RayLoadArguments(**fields)
 
 
 def test_the_table_counts_what_was_lost():

@@ -1,12 +1,16 @@
 """A glance at a fraction of its resolution: the same tokens at less than a quarter of the cost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn.functional import pad
 
 from modeling_qgsa import VisualCache
 from modeling_qgsa.layout_qgsa import VisualLayout
-from modeling_qgsa.vision_qgsa import recorded_states
+from modeling_qgsa.request_qgsa import VisualInputs
+from modeling_qgsa.vision_qgsa import encode_tiles, recorded_states, remember_tiles
 from training.costs.counter import count_flops
 from training.costs.formula import estimate_flops
 from training.learning.feature_cache import open_feature_cache, with_features
@@ -95,6 +99,35 @@ def test_cache_and_lazy_tiles_change_nothing(make_model, prepare, samples, tiles
         assert len(counts) == 3  # the glance and two tiles, without the cache
     model.config.glance_downscale = 1  # what the cache holds is of another glance
     assert torch.equal(logits(model, eager, visual_cache=cache), logits(model, eager))
+
+
+def test_a_cache_tells_a_whole_view_from_a_smaller_one(make_model, prepare, make_image):
+    """Both have the same pixels: an image that is cut into tiles, and the same image as a single tile."""
+    model, cache = make_model(glance_downscale=2), VisualCache()
+    sample = ("what is it?", [make_image(3)])
+    tiled, whole = prepare(sample), prepare(sample, do_image_splitting=False)
+    assert torch.equal(tiled["pixel_values"][:, -1], whole["pixel_values"][:, -1])
+    for inputs in (tiled, whole):
+        assert torch.allclose(logits(model, inputs, visual_cache=cache), logits(model, inputs), atol=1e-5)
+
+
+def test_glances_of_two_kinds_are_remembered_as_their_own(make_model, prepare, make_image):
+    """Images with tiles and without, in one batch: each kind is encoded at once, not in the order of the prompt."""
+    model, cache = make_model(glance_downscale=2).model, VisualCache()
+    tiled = prepare(("what is it?", [make_image(1)]))
+    whole = prepare(("what is it?", [make_image(2)]), do_image_splitting=False)
+    missing = tiled["input_ids"].shape[1] - whole["input_ids"].shape[1]
+    ids = torch.cat([tiled["input_ids"], pad(whole["input_ids"], (missing, 0))])
+    more = tiled["pixel_values"].shape[1] - 1
+    pixels = torch.cat([tiled["pixel_values"], pad(whole["pixel_values"], (0, 0, 0, 0, 0, 0, 0, more))])
+    layout, visual = VisualLayout.of(model.config, ids), VisualInputs(pixels, None)
+    assert layout.has_tiles[layout.is_global].tolist() == [True, False]
+    with recorded_states(model) as states, torch.no_grad():
+        expected = encode_tiles(model, visual, layout, layout.is_global)
+    cached = replace(visual, cache=cache)
+    remember_tiles(model, cached, layout, layout.is_global, states)
+    assert len(cache) == 2
+    assert torch.allclose(encode_tiles(model, cached, layout, layout.is_global), expected, atol=1e-5)
 
 
 def test_it_is_saved(make_model, single, tmp_path):

@@ -351,6 +351,13 @@ def test_tune_saves_and_the_next_one_loads(make_model, scripted, cores, tmp_path
     assert one == other and one.startswith("encoder tuned: bfloat16, 1 tile at a time") and one.endswith(f" {path}")
 
 
+def test_all_tiles_at_once_replace_a_step(make_model, tmp_path):
+    """The step that was present where the file was made is not the one of this model."""
+    path, model = tmp_path / "tuning.json", make_model(tiles_per_step=1)
+    Tuning({FLOAT32: 0.2}, {None: 0.05, 1: 0.2}, {1: 0.2}).save(path, model.model)
+    assert model.tune(saved=path).config.tiles_per_step is None
+
+
 OTHERS = {
     "processor": "Some CPU",
     "cores": 999,

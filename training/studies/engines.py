@@ -196,7 +196,7 @@ def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    for name in models.keys() & set(TUNED):
+    for name in (name for name in TUNED if name in models):
         tune(models[name])
     return [TorchRunner(name, run.workload, models, processors) for name in run.systems]
 

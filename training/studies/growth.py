@@ -28,7 +28,7 @@ from transformers import Idefics3Processor
 from modeling_qgsa import QGSAProcessor, VisualCache
 from training.cli.arguments import errors_in_one_line, parse
 from training.costs.meter import keep_freed_memory, now, watch_memory
-from training.costs.systems import build_models, present_systems
+from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Workload, pick_images, row_of
 from training.costs.tuning import tune
 from training.evaluation.report import write_results
@@ -197,18 +197,26 @@ class Growth:
 
     def body(self, runner: TorchRunner, point: Point, head: dict) -> dict:
         """What a row says of its seconds and memory; or why there are none."""
+        if point.axis == "questions" and runner.name in self.asked:
+            return self.asked_up_to(runner, point.questions)
         why = self.why_not(runner, head)
         if why is not None:
             return {"skipped": why}
         runner.workload = point.workload
         images = [image.resize((point.px, point.px)) for image in self.images[: point.batch_size]]
         if point.axis == "questions":
-            if runner.name not in self.asked:
-                counts = range(2, self.run.questions + 1)
-                possible = [count for count in counts if self.why_not(runner, head | {"questions": count}) is None]
-                self.asked[runner.name] = self.ask_again(runner, point.edge, images, max(possible, default=1))
-            return self.asked[runner.name][point.questions - 1]
+            counts = range(2, self.run.questions + 1)
+            possible = [count for count in counts if self.why_not(runner, head | {"questions": count}) is None]
+            self.asked[runner.name] = self.ask_again(runner, point.edge, images, max(possible, default=1))
+            return self.asked_up_to(runner, point.questions)
         return self.same_work(runner, head) or self.time(runner, point, images)
+
+    def asked_up_to(self, runner: TorchRunner, questions: int) -> dict:
+        """What a row says of so many questions about an image, which were asked one after another."""
+        rows = self.asked[runner.name]
+        if questions <= len(rows):
+            return rows[questions - 1]
+        return {"skipped": f"would take about {rows[-1]['seconds_median'] * questions / len(rows):.0f} s"}
 
     def same_work(self, runner: TorchRunner, head: dict) -> dict | None:
         """What a row of another axis says of the same work; None if there is none."""
@@ -271,8 +279,8 @@ def make_runners(run: GrowthArguments) -> list[TorchRunner]:
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    if "fast" in models:
-        tune(models["fast"])
+    for name in (name for name in TUNED if name in models):
+        tune(models[name])
     return [TorchRunner(name, Workload(), models, processors) for name in run.systems]
 
 

@@ -122,6 +122,27 @@ def test_dense_is_left_out_where_it_takes_too_long(given):
     assert study.why_not(dense, second) is None
 
 
+def test_questions_that_were_not_asked_are_not_looked_up(given):
+    """Dense may turn out faster than it was judged to be when the number of its questions was chosen."""
+    run = GrowthArguments(**{**given, "dense_seconds": 70.0, "systems": ["dense"]})
+    (dense,) = (SimpleNamespace(name=name, precision="float32", system=ALL[name]) for name in run.systems)
+    study = Growth.__new__(Growth)
+    study.run, study.images, study.tile = run, [], 64
+    one, two = (point for point in points_of(run) if point.axis == "questions")
+    study.asked = {"dense": [{"seconds_median": 30.0}]}
+    study.rows = [study.head(dense, one) | study.asked["dense"][0]]
+    assert study.body(dense, one, study.head(dense, one)) == {"seconds_median": 30.0}
+    assert study.body(dense, two, study.head(dense, two)) == {"skipped": "would take about 60 s"}
+
+
+def test_all_models_in_the_fastest_precision_are_tuned(given, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(growth, "tune", tuned.append)
+    run = GrowthArguments(**{**given, "systems": ["dense", "qgsa", "qgsa-half-glance"]})
+    _, fast, half = growth.make_runners(run)
+    assert tuned == [fast.model, half.model]
+
+
 def test_a_long_call_is_not_repeated(given, monkeypatch):
     run = GrowthArguments(**{**given, "repeats": 3, "systems": ["qgsa"]})
     study = Growth(run, growth.make_runners(run), growth.pick_images(run.images, 2))
