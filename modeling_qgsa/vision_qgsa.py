@@ -171,13 +171,15 @@ def encode_scaled_down(model, pixels: torch.Tensor, pixel_attention_mask: torch.
         pixel_attention_mask: `(n, S, S)` or None.
     """
     vision, scale = model.vision_model, model.config.glance_downscale
-    patch = scale * model.config.vision_config.patch_size
+    patch, step = scale * model.config.vision_config.patch_size, model.config.tiles_per_step or len(pixels)
     mask = torch.ones_like(pixels[:, 0], dtype=torch.bool) if pixel_attention_mask is None else pixel_attention_mask
     seen = max_pool2d(mask.to(pixels.dtype), patch) > 0
-    smaller = avg_pool2d(pixels, scale).to(vision.dtype)
-    states = vision(pixel_values=smaller, patch_attention_mask=seen).last_hidden_state
-    states = states.unflatten(1, seen.shape[1:]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return model.connector(states.flatten(1, 2)).to(model.text_model.dtype)
+    smaller, features = avg_pool2d(pixels, scale).to(vision.dtype), []
+    for some, shown in zip(smaller.split(step), seen.split(step)):
+        states = vision(pixel_values=some, patch_attention_mask=shown).last_hidden_state
+        states = states.unflatten(1, seen.shape[1:]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        features.append(model.connector(states.flatten(1, 2)))
+    return torch.cat(features).to(model.text_model.dtype)
 
 
 def encode_new_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch.Tensor) -> torch.Tensor:

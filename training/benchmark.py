@@ -23,7 +23,7 @@ from training.costs.meter import keep_freed_memory
 from training.costs.speed_report import write_speed
 from training.costs.systems import SYSTEMS, TUNED, build_models, check_checkpoint, present_systems
 from training.costs.timing import Runner, Workload, add_overhead, measure, pick_images
-from training.costs.tuning import tune
+from training.costs.tuning import tune_alike
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -104,7 +104,7 @@ def benchmark(run: BenchmarkArguments) -> str:
     tokenizer = processors["ours"].tokenizer
     keep_freed_memory()
     models = build_models(run.systems, base_model, run.model, tokenizer, torch.device(run.device))
-    tunings = [tune(models[name]) for name in TUNED if name in models]
+    tuning = tune_alike([models[name] for name in TUNED if name in models])
     workload = Workload(run.tiles, run.tokens, run.new_tokens)
     runners = [Runner(name, workload, models, processors) for name in run.systems]
     rows = []
@@ -114,7 +114,7 @@ def benchmark(run: BenchmarkArguments) -> str:
         rows += measured
     settings = vars(run) | {"base_model": Path(base_model).name, "images": Path(run.images).name}
     settings["model"] = run.model and Path(run.model).name
-    return write_speed(Path(settings.pop("output_dir")), settings, next(iter(tunings), None), rows)
+    return write_speed(Path(settings.pop("output_dir")), settings, tuning, rows)
 
 
 def main():

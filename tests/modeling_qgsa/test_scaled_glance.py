@@ -130,6 +130,13 @@ def test_glances_of_two_kinds_are_remembered_as_their_own(make_model, prepare, m
     assert torch.allclose(encode_tiles(model, cached, layout, layout.is_global), expected, atol=1e-5)
 
 
+def test_glances_of_a_batch_keep_to_the_steps(make_model, batch, patches_encoded):
+    model = make_model(glance_downscale=2, tiles_per_step=2, **BUDGET)
+    assert patches_encoded(model, batch)[:2] == [(2, 4, 4), (1, 4, 4)]
+    expected = tokens(make_model(glance_downscale=2, **BUDGET), batch)
+    assert torch.equal(tokens(model, batch), expected)
+
+
 def test_it_is_saved(make_model, single, tmp_path):
     model = make_model(glance_downscale=2)
     model.save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """The fastest precision of both parts of a model, steps of its encoder, and threads, on this machine."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -42,6 +43,18 @@ def tune(model, tokens: int = 1000) -> dict:
         },
         f"seconds_of_{tokens}_tokens": [[name_of(dtype), seconds] for dtype, seconds in text.items()],
     }
+
+
+def tune_alike(models: Sequence) -> dict | None:
+    """Tune the first of some models with the same sizes, see `tune`, and give the others what was found for it."""
+    if not models:
+        return None
+    first, *others = models
+    found = tune(first)
+    for model in others:
+        model.to(first.lm_head.weight.dtype)
+        model.tune(first.model.vision_model.dtype, found["tiles_per_step"], found["threads"])
+    return found
 
 
 @torch.no_grad()

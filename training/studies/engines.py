@@ -31,7 +31,7 @@ from training.costs.meter import PARTS, keep_freed_memory, now
 from training.costs.speed_report import add_speedups
 from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
-from training.costs.tuning import tune
+from training.costs.tuning import tune_alike
 from training.engines.protocol import ROOT, EngineError, Worker
 from training.evaluation.report import write_results
 
@@ -196,8 +196,7 @@ def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    for name in (name for name in TUNED if name in models):
-        tune(models[name])
+    tune_alike([models[name] for name in TUNED if name in models])
     return [TorchRunner(name, run.workload, models, processors) for name in run.systems]
 
 

@@ -30,7 +30,7 @@ from training.cli.arguments import errors_in_one_line, parse
 from training.costs.meter import keep_freed_memory, now, watch_memory
 from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Workload, pick_images, row_of
-from training.costs.tuning import tune
+from training.costs.tuning import tune_alike
 from training.evaluation.report import write_results
 from training.studies.engines import SHARED, TorchRunner, number
 
@@ -279,8 +279,7 @@ def make_runners(run: GrowthArguments) -> list[TorchRunner]:
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
-    for name in (name for name in TUNED if name in models):
-        tune(models[name])
+    tune_alike([models[name] for name in TUNED if name in models])
     return [TorchRunner(name, Workload(), models, processors) for name in run.systems]
 
 

@@ -137,7 +137,7 @@ def test_questions_that_were_not_asked_are_not_looked_up(given):
 
 def test_all_models_in_the_fastest_precision_are_tuned(given, monkeypatch):
     tuned = []
-    monkeypatch.setattr(growth, "tune", tuned.append)
+    monkeypatch.setattr(growth, "tune_alike", tuned.extend)
     run = GrowthArguments(**{**given, "systems": ["dense", "qgsa", "qgsa-half-glance"]})
     _, fast, half = growth.make_runners(run)
     assert tuned == [fast.model, half.model]
