@@ -74,7 +74,7 @@ def test_lost_requests_and_bad_health_are_counted(tmp_path):
 
     with serving(app, lifespan="off") as url:
         row = asyncio.run(under(Running(url, 0, tmp_path), [b"{}"], 1, 0.5, "clients that vanish"))
-    assert row["answered"] >= row["refused"] >= row["lost"] > 0
+    assert min(row["answered"], row["refused"], row["lost"]) > 0  # the faulty clients take turns, too
     assert row["health_failed"] > 0 and row["faulty_connections"] > 0
     assert row["errors"] == ["200: data: half", '503: {"error": {"message": "full"}}']
 

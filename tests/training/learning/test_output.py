@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 from transformers import TrainingArguments
 
+from training import run_qgsa
 from training.cli.groups import FeatureArguments, ModelArguments, SelectionArguments, StandInArguments
 from training.data.arguments import DataArguments
 from training.learning.output import claimed, field_names, identity, last_checkpoint
@@ -137,7 +138,7 @@ def demo(tmp_path):
 
 def test_a_run_of_an_earlier_version_may_go_on(demo, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(FORMER_RUN))
-    with claimed(tmp_path, demo(), former=field_names(StandInArguments)):
+    with claimed(tmp_path, demo(), former=field_names(StandInArguments), added=run_qgsa.ADDED):
         pass
     assert json.loads((tmp_path / "run.json").read_text()) == demo()
     assert FORMER_RUN.keys() - demo().keys() == field_names(StandInArguments) - ADDED.keys()
@@ -147,7 +148,7 @@ def test_a_run_of_an_earlier_version_may_go_on(demo, tmp_path):
 def test_a_different_run_of_an_earlier_version_is_refused(change, demo, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(FORMER_RUN))
     with pytest.raises(ValueError, match=f"belongs to a run with {next(iter(change))}"):
-        with claimed(tmp_path, demo(**change), former=field_names(StandInArguments)):
+        with claimed(tmp_path, demo(**change), former=field_names(StandInArguments), added=run_qgsa.ADDED):
             raise AssertionError("this must not be reached")
     assert json.loads((tmp_path / "run.json").read_text()) == FORMER_RUN
 
