@@ -68,6 +68,8 @@ def lines_of_sizes(rows):
 
 TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
+    "half_glance_cards": lambda rows: [format_table(rows), format_families(rows)],
+    "half_glance_blocks_cards": lambda rows: [format_table(rows), format_families(rows)],
     "ablation_cards": lambda rows: [format_ablation(rows)],
     "adaptive_cards": adaptive_tables,
     "canvases_cards": lambda rows: [format_canvases(rows), format_canvas_families(rows)],
@@ -88,7 +90,7 @@ TABLES = {
     "speed_visor_500m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_256m_bfloat16_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
-    "speed_engines_cpu": lambda rows: [format_engines(rows, "256m")],
+    "speed_engines_cpu": lambda rows: [format_engines(rows, "256m"), format_engines(rows, "500m")],
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
     "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
