@@ -10,7 +10,8 @@ and tokenizing, is told apart from the question. Questions about one image share
 `dense`, which encodes the image anew for each.
 
 Writes `speed_growth_cpu.json` and `speed_growth_cpu.png` and prints the tables, with exponents: slopes of least
-squares between logarithms. Takes about 13 minutes on two cores of a Xeon with AVX-512.
+squares between logarithms. Not timed as a whole: by the seconds of other runs, 13 minutes on two cores of a Xeon with
+AVX-512.
 """
 
 import math
