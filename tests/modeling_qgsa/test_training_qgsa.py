@@ -86,6 +86,17 @@ def test_adapters_and_trained_copies_get_gradients(selection, make_model, labell
         assert len(found) > 10 and all(gradient is not None for gradient in found.values())
 
 
+@pytest.mark.parametrize("fields", [{}, {"glance_downscale": 2}, {"pointer": "attention"}])
+@pytest.mark.parametrize("selection", VARIANTS)
+def test_mixed_precision_trains(selection, fields, make_model, labelled):
+    model = make_model(selection=selection, **fields).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**labelled).loss
+    loss.backward()
+    assert torch.allclose(loss, model(**labelled).loss, rtol=0.05)
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+
 @pytest.mark.parametrize("selection", VARIANTS)
 def test_the_value_of_the_loss_is_not_changed(selection, trainable, labelled, monkeypatch):
     torch.manual_seed(5)
