@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration, VisualCache
+from training.costs.counter import count_flops
 
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
@@ -127,3 +128,8 @@ def test_calibration_runs_there(device, make_dense, tokenizer, processor, make_i
     samples = [{"image": make_image(seed), "question": "where is the blue card?"} for seed in range(12)]
     record = model.calibrate(samples, processor)
     assert record == model.config.calibration and model.device.type == device.type
+
+
+def test_the_flops_counted_are_those_of_the_cpu(pair, single, device):
+    counted = [count_flops(model, moved(single, model.device), 3) for model in pair]
+    assert counted[0] == counted[1]

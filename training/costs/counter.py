@@ -6,12 +6,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from modeling_qgsa import GuidedVLM
 
 
-def _cpu_attention(query, key, value, *args, **kwargs):
+def _attention(query, key, value, *args, **kwargs):
+    key, value = ((*shape[:1], query[1], *shape[2:]) for shape in (key, value))  # grouped queries share their heads
     return sdpa_flop_count(query, key, value)
 
 
-# torch's counter only knows the CUDA attention kernels; without this entry the CPU kernel would count as 0 FLOPs.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+# torch's counter does not know the kernel of CPUs, which would count as 0 FLOPs, and refuses grouped queries on CUDA.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention,
+}
 
 
 def vision_modules(model) -> list[torch.nn.Module]:
@@ -44,7 +50,7 @@ def count_flops(model, inputs: dict, max_new_tokens: int, make_options=dict, wit
     # In eval mode torch runs whole transformer layers as one fused kernel, which the counter does not know.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
 
         def before(module, args, kwargs):
             vision.append(-counter.get_total_flops())

@@ -67,12 +67,14 @@ def format_speed(rows: list[dict], edge: int) -> str:
         "| × fast | TFLOPs | memory, GB | KV-cache, MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows_at(rows, edge):
-        parts = " | ".join(f"{row['seconds'][part]:.2f}" for part in PARTS)
-        low, high = row["seconds_range"]
+    shown = rows_at(rows, edge)
+    digits = 2 if any(row["seconds_median"] >= 1 for row in shown) else 4
+    for row in shown:
+        parts = " | ".join(f"{row['seconds'][part]:.{digits}f}" for part in PARTS)
+        low, high = (f"{seconds:.{digits}f}" for seconds in row["seconds_range"])
         lines.append(
             f"| {row['system']} | {row['visual_tokens_mean']:.0f} | {row['tiles_mean']:.1f} | {parts} "
-            f"| {row['seconds_median']:.2f} [{low:.2f}, {high:.2f}] | {_times(row['speedup_vs_dense'])} "
+            f"| {row['seconds_median']:.{digits}f} [{low}, {high}] | {_times(row['speedup_vs_dense'])} "
             f"| {_times(row['speedup_vs_fast'])} | {row['flops']['total'] / 1e12:.2f} "
             f"| {row['memory_bytes'] / 1e9:.2f} + {row['weight_bytes'] / 1e9:.2f} "
             f"| {row['kv_cache_bytes'] / 1e6:.1f} |"
@@ -159,7 +161,7 @@ def plot_breakdown(rows: list[dict], edge: int, path: Path):
         axes.barh([row["system"] for row in shown], widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths)]
     for number, (row, end) in enumerate(zip(shown, left)):
-        axes.text(end, number, f" {row['seconds_median']:.1f} s", va="center", fontsize=8)
+        axes.text(end, number, f" {row['seconds_median']:.2g} s", va="center", fontsize=8)
     axes.set_xlabel(f"seconds per question, longest edge {edge} px (medians)")
     axes.margins(x=0.08)
     axes.legend(fontsize=8)

@@ -29,7 +29,9 @@ def tune(model, tokens: int = 1000) -> dict:
     text_dtype = min(text, key=text.get)
     model.to(text_dtype)
     encoder = fastest_encoder(model.model)
-    step = encoder.tiles_per_step or AT_ONCE  # all 17 tiles of a dense model at once are slower on a CPU
+    step = encoder.tiles_per_step
+    if step is None and model.device.type == "cpu":
+        step = AT_ONCE  # all 17 tiles of a dense model at once are slower there
     model.tune(encoder.vision_dtype, step, encoder.threads)
     return {
         "vision_dtype": name_of(encoder.vision_dtype),

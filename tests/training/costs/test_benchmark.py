@@ -69,10 +69,11 @@ def test_results_tell_of_the_run_and_not_of_the_machines_paths(folder):
     assert str(folder) not in (folder / "results.json").read_text()
     tuning = results["tuning"]
     assert tuning["vision_dtype"] in dict(tuning["seconds_per_tile_and_layer"]["by_dtype"])
-    assert tuning["threads"] in dict(tuning["seconds_per_tile_and_layer"]["by_threads"])
     if not torch.cuda.is_available():
+        assert tuning["threads"] in dict(tuning["seconds_per_tile_and_layer"]["by_threads"])
         assert results["environment"]["device"] == f"{tuning['threads']} CPU threads"
-    assert tuning["text_dtype"] in dict(tuning["seconds_of_1000_tokens"]) and tuning["tiles_per_step"] in (1, 4)
+    assert tuning["text_dtype"] in dict(tuning["seconds_of_1000_tokens"])
+    assert tuning["tiles_per_step"] in (1, 4) or torch.cuda.is_available()
     table = (folder / "table.md").read_text()
     assert all(f"| {name} |" in table for name in SYSTEMS) and "Longest edge 128 px" in table
     for name in ("breakdown", "seconds_by_tiles", "seconds_by_size"):

@@ -194,7 +194,7 @@ def test_similarity(alignment, make_image):
 @shipped
 def test_fingerprint_names_the_clip(alignment):
     found = alignment.fingerprint()
-    assert found["clip"] == NAME and found["clip_pretrained"] == "None" and len(found["clip_weights"]) == 64
+    assert found["clip"] == NAME and found["clip_pretrained"] == "None" and len(found["clip_weights"]) == 32
     assert found == PatchWordAlignment(NAME, None, side=8).fingerprint()
 
 
