@@ -10,14 +10,6 @@ from training.costs.environment import environment
 from training.costs.meter import PARTS
 
 
-FIRST_TABLE = {
-    "dense": "dense (stock SmolVLM)",
-    "dense-global-only": "thumbnail only",
-    "qgsa": "QGSA",
-    "qgsa-blocks": "QGSA with blocks",
-}
-
-
 def write_speed(folder: Path, settings: dict, tuning: dict | None, rows: list[dict]) -> str:
     """Write results, table and plots to `folder`; returns the table.
 
@@ -104,29 +96,6 @@ def format_headline(speed: list[dict], cards: list[dict], edge: int) -> str:
             f"| {row['system']} | {row['visual_tokens_mean']:.0f} | {row['tiles_mean']:.1f} "
             f"| {row['flops']['total'] / 1e12:.2f} | {row['seconds_median']:.1f} | {_times(row['speedup_vs_dense'])} "
             f"| {_times(row['speedup_vs_fast'])} | {row['memory_bytes'] / 1e9:.2f} | {delta} |"
-        )
-    return "\n".join(lines)
-
-
-def format_first_table(speed_rows: list[dict], cards_rows: list[dict], edge: int) -> str:
-    """The four systems of `FIRST_TABLE` as a Markdown table; a dash where nothing was measured.
-
-    Args:
-        speed_rows, cards_rows, edge: as in `format_headline`.
-    """
-    lines = [
-        "| system | seconds per question | times faster | memory, GB (weights included) "
-        "| accuracy on cards, Δ pp [95 %] |",
-        "|---|---|---|---|---|",
-    ]
-    by_name = {row["system"]: row for row in rows_at(speed_rows, edge)}
-    for name, title in FIRST_TABLE.items():
-        row = by_name[name]
-        accuracy = _accuracy_row(cards_rows, row)
-        memory = (row["memory_bytes"] + row["weight_bytes"]) / 1e9
-        lines.append(
-            f"| {title} | {row['seconds_median']:.1f} | {_times(row['speedup_vs_dense'])} | {memory:.2f} "
-            f"| {'–' if accuracy is None else _delta(accuracy)} |"
         )
     return "\n".join(lines)
 

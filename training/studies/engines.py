@@ -6,7 +6,7 @@
 Random weights of the published architectures, the images of their processors (2048 px), one run in which all systems
 take turns image by image: torch in this process, ONNX Runtime and OpenVINO each in one of its own, with as many
 threads. `make engines` sets up their environment and files. An engine that is missing is skipped, and its rows
-say why. Writes `speed_engines_cpu.json` and prints a table per architecture.
+say why. Writes `speed_engines_cpu.json` and prints a table per architecture, which it draws, too.
 
 Further questions about an image are timed for the systems of ours that reuse its encoded tiles (`VisualCache`).
 """
@@ -27,12 +27,13 @@ from transformers import Idefics3Processor
 from modeling_qgsa import QGSAProcessor, VisualCache
 from modeling_qgsa.tuning_qgsa import name_of
 from training.cli.arguments import errors_in_one_line, parse
-from training.costs.meter import PARTS, keep_freed_memory, now
+from training.costs.meter import keep_freed_memory, now
 from training.costs.speed_report import add_speedups
 from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
 from training.costs.tuning import tune_alike
 from training.engines.protocol import ROOT, EngineError, Worker
+from training.evaluation.engines_report import format_engines, plot_engines
 from training.evaluation.report import write_results
 
 
@@ -271,36 +272,6 @@ def time_architecture(run: EnginesArguments, architecture: str) -> list[dict]:
     return [{"architecture": architecture, **row} for row in rows]
 
 
-def format_engines(rows: list[dict], architecture: str) -> str:
-    """The rows of one architecture as a Markdown table; a dash where nothing was measured."""
-    lines = [
-        "| system | engine | precision | processing | vision | prefill | decode | total, s [range] | × stock "
-        "| later question, s | TFLOPs | memory, GB (weights included) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["architecture"] != architecture:
-            continue
-        head = f"| {row['system']} | {row['engine']} | {row['precision']} |"
-        if "skipped" in row:
-            lines.append(f"{head} – | – | – | – | skipped: {row['skipped']} | – | – | – | – |")
-            continue
-        parts = " | ".join(number(row["seconds"].get(part), 2) for part in PARTS)
-        low, high = row["seconds_range"]
-        memory = (row["memory_bytes"] + row["weight_bytes"]) / 1e9
-        lines.append(
-            f"{head} {parts} | {row['seconds_median']:.2f} [{low:.2f}, {high:.2f}] "
-            f"| {number(row['speedup_vs_dense'], 1)} | {number(row.get('seconds_later'), 2)} "
-            f"| {row['flops']['total'] / 1e12:.2f} | {memory:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number for a table; a dash if there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def main():
     with errors_in_one_line():
         run = parse(EnginesArguments, __doc__)
@@ -310,6 +281,7 @@ def main():
         for architecture in run.architectures:
             rows += time_architecture(run, architecture)
             write_results(output / f"{NAME}.json", NAME, "vqa_rad images", run.repeats, 0, rows, "none")
+            plot_engines(rows, architecture, output / f"{NAME}_{architecture}.png")
             print(format_engines(rows, architecture), flush=True)
 
 

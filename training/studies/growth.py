@@ -32,8 +32,9 @@ from training.costs.meter import keep_freed_memory, now, watch_memory
 from training.costs.systems import TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Workload, pick_images, row_of
 from training.costs.tuning import tune_alike
+from training.evaluation.engines_report import number
 from training.evaluation.report import write_results
-from training.studies.engines import SHARED, TorchRunner, number
+from training.studies.engines import SHARED, TorchRunner
 
 
 CPU = torch.device("cpu")

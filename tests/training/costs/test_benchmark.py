@@ -12,7 +12,7 @@ from PIL import Image
 from training.benchmark import RENAMED, BenchmarkArguments, base_model_of, main
 from training.cli.arguments import parse
 from training.costs.meter import PARTS
-from training.costs.speed_report import add_speedups, format_first_table, format_headline, format_speed
+from training.costs.speed_report import add_speedups, format_headline, format_speed
 from training.costs.systems import SYSTEMS, build_models, present_systems
 from training.costs.timing import Runner, Workload, pick_images
 
@@ -166,19 +166,6 @@ def test_the_headline_joins_seconds_and_accuracy(rows):
         ends["qgsa"] == "-0.4 [-1.4, +0.6], k 17.0, m 1.50" and ends["fastv"] == "-30.0 [-31.0, -29.0], k 17.0, m 1.50"
     )
     assert ends["dense-fast"] == ends["cdpruner"] == "–"
-
-
-def test_the_first_table_has_four_systems(rows):
-    cards = [{"system": "qgsa", "delta_vs_dense_pp": -0.4, "delta_ci95": [-1.1, 0.3]}]
-    _, rule, *lines = format_first_table(rows, cards, 256).splitlines()
-    titles, seconds, times, memory, accuracy = zip(*(line.strip("| ").split(" | ") for line in lines))
-    assert titles == ("dense (stock SmolVLM)", "thumbnail only", "QGSA", "QGSA with blocks") and rule.count("|") == 6
-    by_name = {row["system"]: row for row in rows if row["longest_edge"] == 256}
-    shown = [by_name[name] for name in ("dense", "dense-global-only", "qgsa", "qgsa-blocks")]
-    assert list(seconds) == [f"{row['seconds_median']:.1f}" for row in shown]
-    assert list(times) == [f"{row['speedup_vs_dense']:.1f}" for row in shown] and times[0] == "1.0"
-    assert list(memory) == [f"{(row['memory_bytes'] + row['weight_bytes']) / 1e9:.2f}" for row in shown]
-    assert accuracy == ("–", "–", "-0.4 [-1.1, +0.3]", "–")
 
 
 def test_of_a_checkpoint_dense_rows_are_dense(processor, make_model, tmp_path, make_image):

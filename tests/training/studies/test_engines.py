@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from training.evaluation.engines_report import format_engines
 from training.studies import engines
-from training.studies.engines import ENGINES, Engine, EnginesArguments, format_engines, time_architecture
+from training.studies.engines import ENGINES, Engine, EnginesArguments, time_architecture
 
 
 ROOT = Path(__file__).parents[3]
