@@ -92,6 +92,7 @@ TABLES = {
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_engines_cpu": lambda rows: [format_engines(rows, "256m"), format_engines(rows, "500m")],
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
+    "throughput_cpu": lambda rows: [serve_throughput.format_throughput(rows)],
     "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
