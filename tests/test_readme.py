@@ -23,9 +23,10 @@ from training.cli.arguments import Parser
 from training.cli.groups import AnswerArguments
 from training.cli.presets import parse_arguments
 from training.costs.formula import paper_table
-from training.costs.speed_report import format_first_table, format_headline, format_speed
+from training.costs.speed_report import format_headline, format_speed
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
+from training.evaluation.engines_report import format_engines, format_first_table
 from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
 from training.evaluation.report import format_by_canvas, format_by_family, format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
@@ -39,8 +40,8 @@ from training.studies.adaptive import AdaptiveArguments, best_fixed, format_adap
 from training.studies.canvases import CanvasesArguments, format_canvas_families, format_canvases
 from training.studies.depth import DepthArguments, format_depth
 from training.studies.depth_speed import DepthSpeedArguments, format_depth_speed, format_questions
-from training.studies.engines import EnginesArguments, format_engines
-from training.studies.growth import GrowthArguments
+from training.studies.engines import EnginesArguments
+from training.studies.growth import GrowthArguments, growth_tables
 from training.studies.guided_speed import GuidedSpeedArguments
 from training.studies.guided_speed import format_speed as format_pair_speed
 from training.studies.pareto import ParetoArguments, format_pareto
@@ -52,7 +53,6 @@ README = ROOT / "README.md"
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 HUB = ROOT / "hub_cards"
 RESULTS = HUB / "results"
-FIRST_SYSTEMS = ("dense", "dense-global-only", "qgsa", "qgsa-blocks")
 
 
 def adaptive_tables(rows):
@@ -91,6 +91,8 @@ TABLES = {
     "speed_visor_256m_bfloat16_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_engines_cpu": lambda rows: [format_engines(rows, "256m"), format_engines(rows, "500m")],
+    "speed_engines_vnni_cpu": lambda rows: [format_engines(rows, "256m")],
+    "speed_growth_cpu": growth_tables,
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
     "throughput_cpu": lambda rows: [serve_throughput.format_throughput(rows)],
     "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
@@ -114,15 +116,15 @@ def read_rows(name: str) -> list[dict]:
 
 
 def test_the_readme_holds_the_first_table_and_its_reservations():
-    speed = read_rows("speed_256m_cpu")
-    readme = README.read_text()
-    words = " ".join(readme.split())
-    table = format_first_table(speed, read_rows("pareto_cards"), 2048)
-    assert table in readme and len(table.splitlines()) == 2 + len(FIRST_SYSTEMS)
-    seconds = {row["system"]: row["seconds_median"] for row in speed if row["longest_edge"] == 2048}
-    fast = seconds["dense-fast"]
-    assert f"stock SmolVLM takes {fast:.1f} s, and `qgsa` and `qgsa-blocks` are" in words
-    assert f"are {fast / seconds['qgsa']:.1f} and {fast / seconds['qgsa-blocks']:.1f} times faster" in words
+    engines, readme = read_rows("speed_engines_vnni_cpu"), README.read_text()
+    accuracy = {row["system"]: row for row in read_rows("pareto_cards")}
+    (half,) = (row for row in read_rows("half_glance_blocks_cards") if row["system"] == "qgsa")
+    assert format_first_table(engines, accuracy | {"qgsa-blocks-half-glance": half}) in readme
+    torch = {row["system"]: row["seconds_median"] for row in engines if row["engine"].startswith("torch")}
+    words, fast = " ".join(readme.split()), torch["dense-fast"]
+    said = ", ".join(f"{torch[name]:.1f}" for name in ("dense-fast", "dense-global-only-fast", "qgsa"))
+    assert f"In PyTorch they take {said} and {torch['qgsa-blocks-half-glance']:.1f} s" in words
+    assert f"{fast / torch['qgsa']:.1f} and {fast / torch['qgsa-blocks-half-glance']:.1f} times faster" in words
     for reservation in (
         "two CPU cores",
         "random weights",

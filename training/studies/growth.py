@@ -10,8 +10,7 @@ and tokenizing, is told apart from the question. Questions about one image share
 `dense`, which encodes the image anew for each.
 
 Writes `speed_growth_cpu.json` and `speed_growth_cpu.png` and prints the tables, with exponents: slopes of least
-squares between logarithms. Not timed as a whole: by the seconds of other runs, 13 minutes on two cores of a Xeon with
-AVX-512.
+squares between logarithms. Takes 17 minutes on two cores of a Xeon with AVX-512 (`--dense_seconds 45`).
 """
 
 import math
@@ -358,7 +357,7 @@ def growth_tables(rows: list[dict]) -> list[str]:
 
 def plot_growth(rows: list[dict], path: Path):
     """Draw seconds and memory against all axes, one line per system, with exponents; resizing is dashed."""
-    figure = Figure(figsize=(4 * len(AXES), 7.5))
+    figure = Figure(figsize=(4 * len(AXES), 9), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row")
     for column, axis in enumerate(AXES):
         for axes, quantity in ((grid[0, column], "question, s"), (grid[1, column], "memory, GB")):
@@ -373,12 +372,13 @@ def plot_growth(rows: list[dict], path: Path):
             ticks = list(dict.fromkeys(row["value"] for row in rows if row["axis"] == axis))
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.set_xticks(ticks, list(map(str, ticks)), rotation=45)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=8, title="exponents [range]", title_fontsize=8)
+            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.01)}
+            axes.legend(fontsize=8, title="exponents [range]", title_fontsize=8, **above)
         grid[1, column].set_xlabel(AXES[axis])
     grid[0, 0].set_ylabel("seconds without resizing (dashed: resizing)")
     grid[1, 0].set_ylabel("peak memory beyond the weights, GB")
