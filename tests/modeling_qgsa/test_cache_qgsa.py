@@ -13,6 +13,7 @@ from modeling_qgsa.cache_qgsa import Past
 NEW = 5
 FIXED = {"min_tiles": 2, "max_tiles": 2, "min_visual_tokens": 12, "max_visual_tokens": 12}
 VARIANTS = ("before_encoder", "after_encoder", "blocks")
+WITH_LOGITS = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,26 @@ def test_an_image_after_a_conversation_that_was_read_whole(model, prepare, make_
     given["question_mask"] = torch.cat([text["input_ids"] * 0, inputs["question_mask"]], 1)
     expected = model.generate(**given, max_new_tokens=NEW)
     assert torch.equal(model.generate(**given, max_new_tokens=NEW, past_key_values=cache), expected)
+
+
+def test_a_system_turn_is_read_once_for_many_questions(model, processor, make_image):
+    cache = None
+    system = {"role": "system", "content": [{"type": "text", "text": "answer in one word. " * 9}]}
+    for seed, question in enumerate(("where is it?", "what shape is on the red card?", "what is it?")):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template(
+            [system, {"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = dict(processor(text=text, images=make_image(seed), return_tensors="pt"))
+        if cache is None:
+            end = int((inputs["input_ids"][0] == model.config.end_of_utterance_token_id).nonzero()[0]) + 1
+            with torch.no_grad():
+                cache = model(input_ids=inputs["input_ids"][:, :end], use_cache=True).past_key_values
+        expected = model.generate(**inputs, **WITH_LOGITS)
+        found = model.generate(**inputs, **WITH_LOGITS, past_key_values=copy.deepcopy(cache))
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.selection.relevance, expected.selection.relevance)
+        assert torch.allclose(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-4)
 
 
 def test_a_forward_pass_over_a_second_image(model, processor, make_image):
