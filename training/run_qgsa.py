@@ -106,6 +106,7 @@ def run(
         test = Subset(test, range(min(SMOKE_QUESTIONS, len(test))))
     if task.task == "evaluate":
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
+        tuned.config.complexity_quantile = selection.complexity_quantile  # the one setting that needs no retraining
     elif task.task == "calibrate":
         kept = {"glance_downscale": selection.glance_downscale, "positions": selection.positions}
         tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **kept).to(args.device)

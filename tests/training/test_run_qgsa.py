@@ -234,8 +234,19 @@ def test_a_run_saves_what_it_resumes_from(output):
 def test_a_run_with_blocks_adapts_the_encoder_too(tmp_path):
     """The adapters are merged: what is saved is a checkpoint like any other, that looks at blocks by itself."""
     output = tmp_path / "blocks"
-    options = ["--max_steps", "2", "--test_size", "4", "--per_device_train_batch_size", "2", "--systems", "dense qgsa"]
-    done = run_script("--preset", "blocks", *options, "--use_cpu", "true", "--output_dir", str(output))
+    options = [
+        "--max_steps",
+        "2",
+        "--test_size",
+        "4",
+        "--per_device_train_batch_size",
+        "2",
+        "--systems",
+        "dense",
+        "qgsa",
+    ]
+    options = ["--preset", "blocks", *options, "--use_cpu", "true", "--output_dir", str(output)]
+    done = run_script(*options)
     assert done.returncode == 0, done.stderr[-2000:]
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
     dense = AutoModelForImageTextToText.from_pretrained(ROOT / "hub_cards" / "tiny-dense")
@@ -248,6 +259,12 @@ def test_a_run_with_blocks_adapts_the_encoder_too(tmp_path):
         assert not torch.equal(trained[name], before[name]), name
     kept = "model.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert torch.equal(trained[kept], before[kept])
+    spent = []
+    for quantile in ("0.01", "1"):
+        done = run_script(*options, "--task", "evaluate", "--complexity_quantile", quantile)
+        assert done.returncode == 0, done.stderr[-2000:]
+        spent.append(json.loads((output / "results.json").read_text())["rows"][-1]["visual_tokens_mean"])
+    assert spent[0] < spent[1] == 60
 
 
 def test_blocks_do_not_go_with_a_feature_cache(tmp_path):
