@@ -2,6 +2,7 @@
 
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray start --head --include-dashboard false  # on loopback
     serve run hub_cards/serve_ray.yaml
+    python hub_cards/serve_ray.py  # ends it when all requests that it took are answered
 
 Each replica runs the application of `serve.py`, with the same routes, limits and errors. `args` of the YAML file are
 the options of `serve.py`, except host and port, and those of `Fleet`. Every request comes through the door, which
@@ -23,6 +24,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, fields
 
+import ray
 from prometheus_client import CollectorRegistry, Counter, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import TypeAdapter
@@ -340,3 +342,15 @@ def app(args: dict) -> Application:
         ray_actor_options={"num_cpus": 0},
     )
     return door.bind(replicas.bind(options), places, run.max_bytes, run.api_key)
+
+
+def end():
+    """End all applications when they have answered what they took, and then Serve, whose end would cut off answers."""
+    ray.init("auto", namespace="serve", log_to_driver=False)
+    for name in serve.status().applications:
+        serve.delete(name)
+    serve.shutdown()
+
+
+if __name__ == "__main__":
+    end()

@@ -142,7 +142,7 @@ def encode_tiles(model, visual: VisualInputs, layout: VisualLayout, tiles: torch
         pixels, mask = visual.pixels(layout, whole)
         mask = None if mask is None else mask[None]
         features = tile_features(model.get_image_features(pixels[None], mask, **RETURN_OUTPUT))
-        parts.append((whole, features.view(-1, *size).to(model.text_model.dtype)))  # autocast ends in its own dtype
+        parts.append((whole, features.view(-1, *size).to(model.text_model.dtype)))  # under autocast it has another one
     if scaled.any():
         parts.append((scaled, encode_scaled_down(model, *visual.pixels(layout, scaled))))
     order = torch.cat([part.nonzero()[:, 0] for part, _ in parts]).argsort()

@@ -70,6 +70,7 @@ TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_blocks_cards": lambda rows: [format_table(rows), format_families(rows)],
+    "compact_cards": lambda rows: [format_table(rows), format_families(rows)],
     "ablation_cards": lambda rows: [format_ablation(rows)],
     "adaptive_cards": adaptive_tables,
     "canvases_cards": lambda rows: [format_canvases(rows), format_canvas_families(rows)],
@@ -124,7 +125,7 @@ def test_the_readme_holds_the_first_table_and_its_reservations():
     torch = {row["system"]: row["seconds_median"] for row in engines if row["engine"].startswith("torch")}
     words, fast = " ".join(readme.split()), torch["dense-fast"]
     said = ", ".join(f"{torch[name]:.1f}" for name in ("dense-fast", "dense-global-only-fast", "qgsa"))
-    assert f"In PyTorch they take {said} and {torch['qgsa-blocks-half-glance']:.1f} s" in words
+    assert f"half of the glance take {said} and {torch['qgsa-blocks-half-glance']:.1f} s" in words
     assert f"{fast / torch['qgsa']:.1f} and {fast / torch['qgsa-blocks-half-glance']:.1f} times faster" in words
     for reservation in (
         "two CPU cores",
@@ -133,6 +134,18 @@ def test_the_readme_holds_the_first_table_and_its_reservations():
         "accuracy on the published checkpoints has not been measured",
     ):
         assert reservation in words
+
+
+def test_the_readme_holds_what_the_servers_gain():
+    rows = {row["system"]: row for row in read_rows("throughput_cpu")}
+    stock = rows["vllm"]["requests_per_second"]
+    plugin, ours = (f"{rows[name]['requests_per_second'] / stock:.1f}" for name in ("vllm-qgsa", "qgsa-batches"))
+    words = " ".join(README.read_text().split())
+    assert (
+        f"answers {plugin} times as many requests per second as with the plain checkpoint, and `serve.py` {ours}"
+        in words
+    )
+    assert f"leaves {rows['vllm']['lost']} of the {rows['vllm']['requests']} without an answer" in words
 
 
 def test_the_readme_holds_the_controls_of_the_demo():

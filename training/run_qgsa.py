@@ -106,7 +106,8 @@ def run(
         test = Subset(test, range(min(SMOKE_QUESTIONS, len(test))))
     if task.task == "evaluate":
         tuned = QGSASmolVLMForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
-        tuned.config.complexity_quantile = selection.complexity_quantile  # the one setting that needs no retraining
+        if selection.complexity_quantile is not None:
+            tuned.config.complexity_quantile = selection.complexity_quantile
     elif task.task == "calibrate":
         kept = {"glance_downscale": selection.glance_downscale, "positions": selection.positions}
         tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **kept).to(args.device)

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serve_errors import RequestError
 from serve_load import LoadArguments, make_bodies
-from serve_ray_load import ask_all, replica_pids, started_fleet
+from serve_ray_load import LOOPBACK, ask_all, replica_pids, started_fleet
 from serving import serving
 
 
@@ -319,7 +321,11 @@ def test_requests_that_were_taken_are_answered_at_the_end(fleet):
     reader = threading.Thread(target=read)
     reader.start()
     assert begun.wait(60)
-    fleet.run.send_signal(signal.SIGINT)
-    reader.join(120)
+    end = [sys.executable, serve_ray.__file__]
+    environment = {**os.environ, **LOOPBACK, "RAY_ADDRESS": fleet.run.args[fleet.run.args.index("--address") + 1]}
+    ended = subprocess.run(end, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    reader.join(5)
     assert lines[-1] == "data: [DONE]" and len(lines) > 2
-    assert fleet.run.wait(120) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(fleet.url + "/health")

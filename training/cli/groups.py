@@ -33,7 +33,9 @@ class SelectionArguments:
     max_visual_tokens: int = field(default=128, metadata={"help": "Most visual tokens per image."})
     min_tiles: int = field(default=0, metadata={"help": "Fewest tiles encoded per image."})
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
-    complexity_quantile: float = field(default=0.95, metadata={"help": "Chance that the budget suffices."})
+    complexity_quantile: float | None = field(
+        default=None, metadata={"help": "Chance that the budget suffices; without, 0.95, or that of the checkpoint."}
+    )
     glance_downscale: int = field(default=1, metadata={"help": "2: a glance at half of its size."})
     positions: str = field(default="original", metadata={"help": "Position ids: original or compact."})
 

@@ -26,7 +26,8 @@ NOT_QUANTIZED = ("vision_model", "connector", *TRAINED)
 
 def to_qgsa(dense, processor, selection: SelectionArguments) -> QGSASmolVLMForConditionalGeneration:
     """The QGSA model of a dense one, with a new selector and the budget of `selection`."""
-    return QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, pointer="selector", **asdict(selection))
+    given = {name: value for name, value in asdict(selection).items() if value is not None}
+    return QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, pointer="selector", **given)
 
 
 def check_training(selection: SelectionArguments, features: FeatureArguments):

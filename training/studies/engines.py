@@ -6,7 +6,7 @@
 Random weights of the published architectures, the images of their processors (2048 px), one run in which all systems
 take turns image by image: torch in this process, ONNX Runtime and OpenVINO each in one of its own, with as many
 threads. `make engines` sets up their environment and files. An engine that is missing is skipped, and its rows
-say why. Writes `speed_engines_cpu.json` and prints a table per architecture, which it draws, too.
+say why. Writes `speed_engines_cpu.json`, and prints a table and draws a plot per architecture.
 
 Further questions about an image are timed for the systems of ours that reuse its encoded tiles (`VisualCache`).
 """
