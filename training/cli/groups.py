@@ -34,7 +34,7 @@ class SelectionArguments:
     min_tiles: int = field(default=0, metadata={"help": "Fewest tiles encoded per image."})
     max_tiles: int = field(default=4, metadata={"help": "Most tiles encoded per image."})
     complexity_quantile: float | None = field(
-        default=None, metadata={"help": "Chance that the budget suffices; without, 0.95, or that of the checkpoint."}
+        default=None, metadata={"help": "Chance that the budget suffices (0.95)."}
     )
     glance_downscale: int = field(default=1, metadata={"help": "2: a glance at half of its size."})
     positions: str = field(default="original", metadata={"help": "Position ids: original or compact."})
