@@ -49,8 +49,6 @@ from training.studies.pointing import PointingArguments, format_pointing
 
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-NEED_SHARED = ("training/studies/engines.py", "training/studies/growth.py")  # which refuse folders that do not exist
 README = ROOT / "README.md"
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 HUB = ROOT / "hub_cards"
@@ -312,8 +310,6 @@ def test_the_commands_parse(page):
             PRESET_PARSERS[arguments[0]](arguments[1:])
         elif program in (".venv-ray/bin/serve", ".venv-ray/bin/ray"):
             assert all((ROOT / name).exists() for name in arguments if name.endswith(".yaml")), line
-        elif arguments[0] in NEED_SHARED and not SHARED.is_dir():
-            assert (ROOT / arguments[0]).exists(), line
         elif program in PYTHONS and arguments[0] in PARSERS:
             Parser(PARSERS[arguments[0]]).parse(arguments[1:])
         elif program == "python" and arguments[0] != "-m":

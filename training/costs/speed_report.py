@@ -130,13 +130,8 @@ def plot_breakdown(rows: list[dict], edge: int, path: Path):
         axes.barh([row["system"] for row in shown], widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths)]
     for number, (row, end) in enumerate(zip(shown, left)):
-        axes.text(
-            end,
-            number,
-            f" {row['seconds_median']:.{1 if row['seconds_median'] >= 1 else 3}f} s",
-            va="center",
-            fontsize=8,
-        )
+        digits = 1 if row["seconds_median"] >= 1 else 3
+        axes.text(end, number, f" {row['seconds_median']:.{digits}f} s", va="center", fontsize=8)
     axes.set_xlabel(f"seconds per question, longest edge {edge} px (medians)")
     axes.margins(x=0.08)
     axes.legend(fontsize=8)

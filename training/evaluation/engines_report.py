@@ -46,8 +46,8 @@ def format_engines(rows: list[dict], architecture: str) -> str:
     return "\n".join(lines)
 
 
-def format_first_table(rows: list[dict], accuracy: dict[str, dict], architecture: str = "256m") -> str:
-    """The rows that `FIRST_TABLE` names as a Markdown table; a dash where nothing was measured.
+def format_first_table(rows: list[dict], accuracy: dict[str, dict]) -> str:
+    """The rows that `FIRST_TABLE` names as a Markdown table, of 256M; a dash where accuracy was not measured.
 
     Args:
         accuracy: row of an evaluation on cards, by system.
@@ -60,7 +60,7 @@ def format_first_table(rows: list[dict], accuracy: dict[str, dict], architecture
     for title, system, engine, precision in FIRST_TABLE:
         (row,) = (
             row
-            for row in rows_of(rows, architecture)
+            for row in rows_of(rows, "256m")
             if (row["system"], row["engine"].split()[0], row["precision"]) == (system, engine, precision)
         )
         delta = delta_cell(accuracy[system]) if system in accuracy else "–"

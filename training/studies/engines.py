@@ -127,13 +127,13 @@ class EnginesArguments:
         for name, least in (("repeats", 1), ("questions", 2), ("new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}): must be at least {least}")
-        for name in self.architectures:
-            if not self.source(name).is_dir():
-                raise ValueError(f"architectures ({name}): {self.source(name)} is not a folder; choose another")
 
     def source(self, architecture: str) -> Path:
-        """Folder of the config and the processor of an architecture."""
-        return Path(self.checkpoints, f"smolvlm-{architecture}-instruct")
+        """Folder of the config and the processor of an architecture. Raises ValueError if there is none."""
+        folder = Path(self.checkpoints, f"smolvlm-{architecture}-instruct")
+        if not folder.is_dir():
+            raise ValueError(f"architectures ({architecture}): {folder} is not a folder; choose another")
+        return folder
 
     @property
     def workload(self) -> Workload:
@@ -276,6 +276,8 @@ def main():
     with errors_in_one_line():
         run = parse(EnginesArguments, __doc__)
         output, rows = Path(run.output_dir), []
+        for architecture in run.architectures:
+            run.source(architecture)  # before anything is timed
         output.mkdir(parents=True, exist_ok=True)
         keep_freed_memory()
         for architecture in run.architectures:

@@ -99,13 +99,14 @@ class GrowthArguments:
         for name in ("sizes", "tiles", "batch_sizes", "new_tokens"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}): must be numbers of at least 1")
-        if not self.source.is_dir():
-            raise ValueError(f"architecture ({self.architecture}): {self.source} is not a folder; choose another")
 
     @property
     def source(self) -> Path:
-        """Folder of the config and the processor."""
-        return Path(self.checkpoints, f"smolvlm-{self.architecture}-instruct")
+        """Folder of the config and the processor. Raises ValueError if there is none."""
+        folder = Path(self.checkpoints, f"smolvlm-{self.architecture}-instruct")
+        if not folder.is_dir():
+            raise ValueError(f"architecture ({self.architecture}): {folder} is not a folder; choose another")
+        return folder
 
 
 @dataclass(frozen=True)
