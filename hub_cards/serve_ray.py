@@ -56,6 +56,7 @@ SECONDS_TO_LOOK_BACK = 15  # Serve counts requests every ten
 SECONDS_TO_ADD = 5  # of too many requests, until replicas are added
 SECONDS_TO_REMOVE = 300  # of too few, until replicas are removed
 SECONDS_TO_SAY_SO = 5  # that a replica has not answered in time, while the application ends
+SECONDS_TO_LOOK = 0.5  # whether the applications have ended
 MAX_AT_THE_DOOR = 10_000  # it refuses long before
 
 
@@ -348,7 +349,9 @@ def end():
     """End all applications when they have answered what they took, and then Serve, whose end would cut off answers."""
     ray.init("auto", namespace="serve", log_to_driver=False)
     for name in serve.status().applications:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)  # which would wait for no more than a minute
+    while serve.status().applications:  # no longer than their graceful_shutdown_timeout_s
+        time.sleep(SECONDS_TO_LOOK)
     serve.shutdown()
 
 

@@ -234,18 +234,10 @@ def test_a_run_saves_what_it_resumes_from(output):
 def test_a_run_with_blocks_adapts_the_encoder_too(tmp_path):
     """The adapters are merged: what is saved is a checkpoint like any other, that looks at blocks by itself."""
     output = tmp_path / "blocks"
-    options = [
-        "--max_steps",
-        "2",
-        "--test_size",
-        "4",
-        "--per_device_train_batch_size",
-        "2",
-        "--systems",
-        "dense",
-        "qgsa",
-    ]
-    options = ["--preset", "blocks", *options, "--use_cpu", "true", "--output_dir", str(output)]
+    options = (
+        "--preset blocks --max_steps 2 --test_size 4 --per_device_train_batch_size 2 --systems dense qgsa".split()
+    )
+    options += ["--use_cpu", "true", "--output_dir", str(output)]
     done = run_script(*options)
     assert done.returncode == 0, done.stderr[-2000:]
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(output)
