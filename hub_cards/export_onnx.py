@@ -17,7 +17,8 @@ those of the pointers:
     selector              question_embeds, glance -> relevance, question_state, complexity_logits
     selector_match        question_state, image_features, is_global -> scores
 
-In every variant, floating-point inputs and outputs are float32.
+In every variant, floating-point inputs and outputs are float32. Attention over whole tiles is `MultiHeadAttention` of
+ONNX Runtime, which does not write the weights of all pairs of patches to memory.
 """
 
 import logging
@@ -33,7 +34,10 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
+from torch.onnx import register_custom_op_symbolic
+from torch.onnx.symbolic_helper import parse_args
+from transformers import AttentionInterface
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.attention_qgsa import row_attention
@@ -41,8 +45,9 @@ from modeling_qgsa.pointer_qgsa import attention_layers
 from modeling_qgsa.vision_qgsa import patch_numbers
 
 
-OPSET = 17  # the first with LayerNormalization
+OPSET = 20  # the first with Gelu
 MAX_BYTES = 2**31  # of a protobuf file
+FUSED = "qgsa_onnx"  # attention of the encoder in the graphs
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,38 @@ class BlockEncoder(nn.Module):
         hidden = self.vision.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
         hidden = self.vision.post_layernorm(hidden)
         return self.connector.modality_projection(hidden.reshape(-1, self.patches * hidden.shape[-1]))
+
+
+@torch.library.custom_op("qgsa_onnx::attend_to_all", mutates_args=())
+def attend_to_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, scale: float
+) -> torch.Tensor:
+    """Attention without a mask between states `(B, L, D)`, in one node of the graph."""
+    split = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (query, key, value))
+    return scaled_dot_product_attention(*split, scale=scale).transpose(1, 2).flatten(2)
+
+
+@parse_args("v", "v", "v", "i", "f")
+def multi_head_attention(graph, query, key, value, heads: int, scale: float):
+    """The node of [`attend_to_all`]."""
+    name = "com.microsoft::MultiHeadAttention"
+    return graph.op(name, query, key, value, num_heads_i=heads, scale_f=scale).setType(query.type())
+
+
+def attention_of_graphs(module, query, key, value, attention_mask, scaling: float, **kwargs):
+    """Attention of the encoder, in the interface of transformers, over `(B, heads, L, head_dim)`.
+
+    With a mask, which the node would need as `(L, L)` for every head, it is plain products and softmax.
+    """
+    if attention_mask is None:
+        states = (each.transpose(1, 2).flatten(2) for each in (query, key, value))
+        return attend_to_all(*states, query.shape[1], scaling).unflatten(-1, (query.shape[1], -1)), None
+    weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+register_custom_op_symbolic("qgsa_onnx::attend_to_all", multi_head_attention, OPSET)
+AttentionInterface.register(FUSED, attention_of_graphs)
 
 
 class TracedCache:
@@ -319,7 +356,7 @@ def pointer_graphs(model, pointer: str, embeds: torch.Tensor, positions: torch.T
 def export_graphs(
     model: QGSASmolVLMForConditionalGeneration, folder: Path, variants: list[str], pointers: list[str] | None = None
 ):
-    """Write every graph of `model` to `folder`, once per variant; the model is then in float32 and eager attention.
+    """Write every graph of `model` to `folder`, once per variant; the model keeps their attention, and float32.
 
     Args:
         pointers: those that get graphs; by default the configured one.
@@ -340,6 +377,7 @@ def export_graphs(
     if "selector" in pointers:
         model.model.selector.check_trained()
     model.set_attn_implementation("eager")  # plain products and softmax, which every runtime and quantizer reads
+    model.model.vision_model.set_attn_implementation(FUSED)
     graphs = graphs_of(model.float().eval(), pointers)
     for name, graph in graphs.items():
         size = sum(weight.numel() for weight in graph.module.parameters()) * 4

@@ -60,6 +60,15 @@ def test_the_encoder_leaves_padding_out(tiles, exported, batch):
     assert_close(features.reshape(-1, 32), torch.cat(list(expected)))
 
 
+@pytest.mark.parametrize("name, fused", [("vision_encoder", 2), ("glance_encoder", 2), ("block_encoder", 0)])
+def test_attention_without_a_mask_is_one_node_per_layer(name, fused, make_model, tmp_path):
+    export_onnx.export_graphs(make_model(glance_downscale=2), tmp_path / "onnx", ["fp32", "fp16"])
+    for file in (f"{name}.onnx", f"{name}_fp16.onnx"):
+        kinds = [node.op_type for node in onnx.load(tmp_path / "onnx" / file).graph.node]
+        assert (kinds.count("MultiHeadAttention"), kinds.count("Softmax")) == (fused, 2 - fused)
+        assert kinds.count("Gelu") == 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("counts", [(1,), (16,), (5, 1), (0, 16, 3)])
 def test_the_block_graph_encodes_any_number_of_blocks_of_any_tiles(counts, exported, batch):

@@ -276,6 +276,11 @@ BAD = {
         "min_tiles (5) must not exceed max_tiles (1)",
     ),
     "no room": ({"positions_per_image": 3}, 400, "positions_per_image (3) leaves no room for visual tokens"),
+    "a count beyond its own": (
+        {"positions_per_image": COUNT + 1},
+        400,
+        f"positions_per_image ({COUNT + 1}): the selector of this checkpoint is used with at most {COUNT}",
+    ),
     "a budget of other servers": ({"max_visual_tokens": 5}, 400, "max_visual_tokens (5): in vLLM, a request may set"),
     "an image that is too large": ({"images": [(12000, 12000)]}, 400, "image (12000 x 12000 px)"),
     "an image that is too narrow": ({"images": [(2000, 1)]}, 400, "image (2000 x 1 px)"),

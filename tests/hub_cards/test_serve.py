@@ -443,6 +443,7 @@ JSON = {"content-type": "application/json"}
         ({"qgsa": {"max_image_tokens": 9, "max_visual_tokens": 8}}, "max_image_tokens .9, .* contradicts max_visual_"),
         ({"qgsa": {"max_image_tokens": 9, "min_visual_tokens": 10}}, "contradicts min_visual_tokens .10"),
         ({"qgsa": {"max_image_tokens": 9, "selection": "dense"}}, 'max_image_tokens .9.*"dense"'),
+        ({"qgsa": {"positions_per_image": 0}}, r"qgsa: positions_per_image \(0\) must be an integer of at least 1"),
         ({"qgsa": {"selection": "best"}}, "qgsa: selection .*'best'.* before_encoder"),
         ({"qgsa": {"vision_budget": 0.5}}, r"qgsa: vision_budget \(0.5\): the layers .* not ranked"),
         ({"qgsa": {"vision_budget": "FFC"}}, "qgsa: vision_budget .3 layers. must have one kind for each of the 6"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_a_connection_that_breaks_loses_its_request():
 
     with serving(app, lifespan="off") as url:
         (found,), _ = asyncio.run(ask_all(url, [b"{}"], 1, range(1)))
-    assert found.outcome == "lost" and found.said.startswith("no status: RemoteProtocolError: ")
+    # the server closes or resets the connection: which of the two the client sees first is a race
+    assert found.outcome == "lost" and re.match("no status: (RemoteProtocolError|ReadError): ", found.said)
 
 
 def test_rates_are_those_of_the_answers():

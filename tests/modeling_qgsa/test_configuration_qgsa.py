@@ -205,6 +205,16 @@ def test_a_call_that_limits_visual_tokens_has_no_exact_count(config):
         Budget.of(config, 32, positions_per_image=48)
 
 
+def test_a_trained_selector_gets_no_larger_count_than_it_is_configured_for(config):
+    config.positions_per_image, config.pointer = 64, "selector"
+    with pytest.raises(ValueError, match=r"positions_per_image \(65\): the selector .* is used with at most 64"):
+        Budget.of(config, positions_per_image=65)
+    config.pointer = "attention"
+    assert Budget.of(config, positions_per_image=65).positions_per_image == 65
+    config.positions_per_image, config.pointer = None, "selector"
+    assert Budget.of(config, positions_per_image=65).positions_per_image == 65
+
+
 def test_a_field_that_was_set_out_of_range_is_found_at_the_next_call(config):
     config.max_tiles = -2
     with pytest.raises(ValueError, match=re.escape("min_tiles (0) must not exceed max_tiles (-2)")):
