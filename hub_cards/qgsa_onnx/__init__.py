@@ -5,7 +5,7 @@
     print(answer.text)
 
 The folder is one written by `export.py --format onnx`, which copies this package into it, or a published SmolVLM with
-its `onnx` files.
+its `onnx` files. For several questions about an image, pass `model.open(image)`: none of its tiles is encoded twice.
 """
 
 from .inputs import chat_prompt

@@ -6,8 +6,9 @@ in prompt order.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,11 +33,13 @@ class TiledImage:
         image: RGB, scaled to whole tiles.
         grid: rows and columns of its tiles; 0 x 0 for a single tile, which is its own global view.
         settings: `preprocessor_config.json`.
+        encoded: features of whole tiles, `(P, D)` float32, by the number of the tile and the graph that encoded it.
     """
 
     image: Image.Image
     grid: tuple[int, int]
     settings: dict
+    encoded: dict[tuple[int, Any], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, image: Image.Image, settings: dict) -> "TiledImage":
@@ -183,10 +186,10 @@ class Prompt:
         """Whether the image of each tile is more than its global view, `(T,)` bool."""
         return self.parts.prod(1) > 1
 
-    def pixels(self, tile: int) -> np.ndarray:
-        """Pixels of a tile, `(3, S, S)` float32."""
+    def place(self, tile: int) -> tuple[TiledImage, int]:
+        """The image of a tile, and the number of the tile in it."""
         first = int(np.searchsorted(self.tile_image, self.tile_image[tile]))
-        return self.images[self.tile_image[tile]].cut(tile - first)
+        return self.images[self.tile_image[tile]], tile - first
 
     def pixel_blocks(self, tile: int, block: np.ndarray, size: int) -> np.ndarray:
         """Pixels of some blocks of a tile, `(n, 3, size, size)` float32; there is one block per visual token.
@@ -194,7 +197,8 @@ class Prompt:
         Args:
             block: `(n,)` int64, the number of each in the tile, row by row.
         """
-        pixels, side = self.pixels(tile), round(self.token_positions.shape[1] ** 0.5)
+        image, number = self.place(tile)
+        pixels, side = image.cut(number), round(self.token_positions.shape[1] ** 0.5)
         pixels = pixels[:, : side * size, : side * size]  # the rest lies beyond the last whole patch
         return pixels.reshape(3, side, size, side, size)[:, block // side, :, block % side]
 

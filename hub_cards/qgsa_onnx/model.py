@@ -1,7 +1,7 @@
 """The flow of QGSA on ONNX Runtime: glance, point, look, keep, splice, answer. Sizes as in `inputs`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,17 @@ class OnnxModel:
         for name in names:
             self.session(name)
 
+    def open(self, image: Image.Image) -> TiledImage:
+        """An image for several questions: it is scaled once, and each of its whole tiles encoded at most once.
+
+        Raises TypeError if it is not a PIL image, ValueError if it is too small or too narrow to be cut.
+        """
+        return TiledImage.of(image, self.settings)
+
     def generate(
         self,
         prompt: str,
-        images: list[Image.Image],
+        images: Sequence[Image.Image | TiledImage],
         max_new_tokens: int = 20,
         visual_token_scores: np.ndarray | None = None,
         **budget: Any,
@@ -117,7 +124,7 @@ class OnnxModel:
 
         Args:
             prompt: with one `<image>` per image, in the chat format of the checkpoint, see `chat_prompt`.
-            images: PIL images; may be empty.
+            images: PIL images, or those that `open` made of them; may be empty.
             visual_token_scores: `(N,)`, scores of all visual tokens in prompt order, global views included, in place
                 of the pointer's. The score of a tile is the highest of its tokens.
             budget: selection ("before_encoder", "blocks" or "dense"), min_tiles, max_tiles, min_visual_tokens and
@@ -133,7 +140,9 @@ class OnnxModel:
                 f'selection ("blocks"): {self.folder} has no {self.path("block_encoder")}: export it again, or choose '
                 "before_encoder or dense"
             )
-        cut = [TiledImage.of(image, self.settings) for image in images]
+        cut = [image if isinstance(image, TiledImage) else self.open(image) for image in images]
+        if any(image.settings != self.settings for image in cut):
+            raise ValueError("images: opened by a model that cuts them otherwise: open them with this one")
         inputs = Prompt.of(self.tokenizer, prompt, cut, self.config["tokens_per_tile"])
         scores = self.check_scores(inputs, limits, visual_token_scores)
         embeds = self.embed(inputs.input_ids)
@@ -278,12 +287,15 @@ class OnnxModel:
         smaller = prompt.is_global & prompt.has_tiles & scaled & (self.config["glance_downscale"] > 1)
         encoded = []
         for tile in np.flatnonzero(tiles).tolist():
-            pixels = prompt.pixels(tile)[None]
-            if smaller[tile]:
-                encoded += self.run("glance_encoder", pixel_values=pixels)
-            else:
-                shown = np.ones((1, 1, *pixels.shape[-2:]), bool)
-                encoded += self.run("vision_encoder", pixel_values=pixels[None], pixel_attention_mask=shown)
+            name = "glance_encoder" if smaller[tile] else "vision_encoder"
+            image, number = prompt.place(tile)
+            key = number, self.session(name)
+            if key not in image.encoded:
+                pixels = image.cut(number)[None]
+                whole = np.ones((1, 1, *pixels.shape[-2:]), bool)
+                feeds = {"pixel_values": pixels if smaller[tile] else pixels[None], "pixel_attention_mask": whole}
+                image.encoded[key] = self.run(name, **feeds)[0][0].astype(np.float32, copy=False)
+            encoded.append(image.encoded[key])
         width = self.config["text_config"]["hidden_size"]
         return np.array(encoded, np.float32).reshape(-1, self.config["tokens_per_tile"], width)
 

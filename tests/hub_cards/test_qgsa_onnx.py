@@ -211,8 +211,40 @@ def test_pixels_are_those_of_the_stock_processor(mode, size, load, make_image):
     if mode == "RGBA":
         image.putalpha(Image.linear_gradient("L").resize(size))
     expected = processor(text="<image>", images=[image], return_tensors="pt")["pixel_values"][0].numpy()
-    cut = qgsa_onnx.inputs.TiledImage.of(image, runtime.settings)
+    cut = runtime.open(image)
     assert np.array_equal([cut.cut(number) for number in range(len(expected))], expected)
+
+
+@pytest.mark.parametrize("name", ["selector", "attention", "attention-half"])
+@pytest.mark.parametrize("budget", [{"selection": "dense"}, {}, {"min_tiles": 2, "max_tiles": 2}, BLOCKS[-1]])
+def test_questions_about_an_opened_image_encode_no_tile_twice(name, budget, load, make_image, monkeypatch):
+    runtime, image, other = load(name)[2], make_image(3), make_image(4)
+    encoded, run = [], runtime.run
+    monkeypatch.setattr(runtime, "run", lambda graph, **feeds: encoded.append(graph) or run(graph, **feeds))
+
+    def ask(question, *images):
+        encoded.clear()
+        answer = runtime.generate(qgsa_onnx.chat_prompt(question, len(images)), images, max_new_tokens=6, **budget)
+        return answer, encoded.count("vision_encoder") + encoded.count("glance_encoder")
+
+    opened, known = runtime.open(image), 0
+    for question, others in [(QUESTION, []), ("how many cards?", []), (QUESTION, [other])]:
+        (expected, every), (found, new) = ask(question, image, *others), ask(question, opened, *others)
+        assert found.ids == expected.ids and np.array_equal(found.selection.features, expected.selection.features)
+        if not others:
+            assert new == len(opened.encoded) - known
+        known = len(opened.encoded)
+    assert 0 < new < every and ask(QUESTION, opened)[1] == 0
+
+
+def test_an_image_is_opened_once_for_models_that_cut_it_alike(load, make_image):
+    (*_, first), (*_, second) = load("selector"), load("attention")
+    prompt, opened = qgsa_onnx.chat_prompt(QUESTION), first.open(make_image(3))
+    assert first.generate(prompt, [opened], 6).ids == first.generate(prompt, [make_image(3)], 6).ids
+    assert second.generate(prompt, [opened], 6).ids == second.generate(prompt, [make_image(3)], 6).ids
+    other = qgsa_onnx.inputs.TiledImage.of(make_image(3), first.settings | {"do_image_splitting": False})
+    with pytest.raises(ValueError, match="images: opened by a model that cuts them otherwise"):
+        first.generate(prompt, [other], 6)
 
 
 @pytest.mark.parametrize("variant, least", [("fp16", 24), ("int8", 20), ("q4", 16)])
@@ -299,7 +331,7 @@ def test_the_relevance_of_places_is_that_of_torch(size, load, make_image):
     images, relevance = [make_image(4, *size), make_image(5, 128, 192)], torch.randn(2, 16)
     inputs = processor(text="<image>" * 2, images=images, return_tensors="pt")
     layout = VisualLayout.of(model.config, inputs["input_ids"])
-    cut = [qgsa_onnx.inputs.TiledImage.of(image, runtime.settings) for image in images]
+    cut = [runtime.open(image) for image in images]
     prompt = qgsa_onnx.inputs.Prompt.of(runtime.tokenizer, "<image>" * 2, cut, 16)
     found = qgsa_onnx.selection.token_relevance(relevance.numpy(), prompt)
     np.testing.assert_allclose(found, token_relevance(relevance, layout).numpy(), rtol=1e-5, atol=1e-6)

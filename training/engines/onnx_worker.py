@@ -6,11 +6,13 @@ FOLDER has to be on the import path: it holds `qgsa_onnx`.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime
 from PIL import Image
 from qgsa_onnx import OnnxModel, chat_prompt
+from qgsa_onnx.inputs import TiledImage
 from qgsa_onnx.model import POINTER_GRAPHS
 
 from training.engines.protocol import serve
@@ -39,7 +41,7 @@ class TimedModel(OnnxModel):
         self.spans.append((name, began, time.perf_counter()))
         return outputs
 
-    def time(self, prompt: str, image: Image.Image, **options) -> dict[str, float]:
+    def time(self, prompt: str, image: Image.Image | TiledImage, **options) -> dict[str, float]:
         """Seconds of an answer by part; cutting tiles, and all that is not a graph, is processing."""
         self.spans, began = [], time.perf_counter()
         self.generate(prompt, [image], **options)
@@ -52,7 +54,10 @@ class TimedModel(OnnxModel):
 
 
 def load(folder: str, variant: str, threads: str):
-    """A function that answers, see `serve`, and a description."""
+    """A function that answers, see `serve`, and a description.
+
+    Given questions to be answered `later`, after the first one about the image, it returns the seconds of each.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(threads)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as OnnxModel has it
@@ -61,7 +66,9 @@ def load(folder: str, variant: str, threads: str):
     budget = ("tiles", "visual_tokens")
     settings, config = model.settings, model.config
 
-    def answer(image: str, question: str, new_tokens: int, system: str, tiles: int, tokens: int) -> dict:
+    def answer(
+        image: str, question: str, new_tokens: int, system: str, tiles: int, tokens: int, later: Sequence[str] = ()
+    ) -> dict:
         model.settings = settings | {"do_image_splitting": system != "dense-global-only"}
         chosen = {"selection": "dense"}
         if system in OURS:
@@ -72,7 +79,12 @@ def load(folder: str, variant: str, threads: str):
             ]
             chosen = {"selection": selection, **dict(limits)}
         picture = Image.open(image).convert("RGB")
-        return model.time(chat_prompt(question), picture, max_new_tokens=new_tokens, **chosen)
+        chosen["max_new_tokens"] = new_tokens
+        if not later:
+            return model.time(chat_prompt(question), picture, **chosen)
+        seen = model.open(picture)
+        spent = [model.time(chat_prompt(each), seen, **chosen)["total"] for each in (question, *later)]
+        return {"later": spent[1:]}
 
     for name in ("block_encoder", *POINTER_GRAPHS["attention"], *POINTER_GRAPHS["selector"]):
         if Path(folder, model.path(name)).is_file():

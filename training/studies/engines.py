@@ -8,7 +8,7 @@ take turns image by image: torch in this process, ONNX Runtime and OpenVINO each
 threads. `make engines` sets up their environment and files. An engine that is missing is skipped, and its rows
 say why. Writes `speed_engines_cpu.json`, and prints a table and draws a plot per architecture.
 
-Further questions about an image are timed for the systems of ours that reuse its encoded tiles (`VisualCache`).
+Further questions about an image are timed for our systems, which reuse its encoded tiles (`VisualCache` in torch).
 """
 
 import sys
@@ -149,6 +149,15 @@ class TorchRunner(Runner):
         seconds, self.description = super().time(images, edge)
         return seconds, self.description
 
+    def ask_again(self, images: list[Image.Image], edge: int, questions: list[str]) -> list[float]:
+        """Seconds of the questions about an image after the first, whose tiles stay encoded."""
+        cache, spent = VisualCache(), []
+        for question in (QUESTION, *questions):
+            began = now(CPU)
+            self.generate(self.process(images, edge, question) | {"visual_cache": cache})
+            spent.append(now(CPU) - began)
+        return spent[1:]
+
     @property
     def precision(self) -> str:
         """Dtypes of the encoder and of the text model, in one word if they agree."""
@@ -169,6 +178,7 @@ class EngineRunner:
 
     def __init__(self, name: str, worker: Worker, twin: TorchRunner, workload: Workload, folder: Path):
         self.name, self.worker, self.twin, self.workload = f"{name}, {twin.name}", worker, twin, workload
+        self.system = twin.system
         self.image, self.weight_bytes = folder / "image.png", worker.weight_bytes
         self.engine, self.precision = worker.version, name.rpartition("-")[2]
 
@@ -187,6 +197,10 @@ class EngineRunner:
         """Seconds of an answer, by those parts that the engine tells apart, and what the answer took besides."""
         shared = {name: value for name, value in self.twin.description.items() if name != "kv_cache_bytes"}
         return self.worker.ask(**self.request(images)), shared
+
+    def ask_again(self, images: list[Image.Image], edge: int, questions: list[str]) -> list[float]:
+        """Seconds of the questions about an image after the first, whose tiles stay encoded."""
+        return self.worker.ask(**self.request(images), later=questions)["later"]
 
 
 def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]:
@@ -239,17 +253,6 @@ def engine_runners(
                 yield {"system": twin.name, "engine": engine, "precision": precision, "skipped": str(error)}
 
 
-def ask_again(runner: TorchRunner, image: Image.Image, edge: int, questions: int) -> float:
-    """Median seconds of the questions about an image after the first, whose tiles stay encoded."""
-    cache, spent = VisualCache(), []
-    for number in range(questions):
-        began = now(CPU)
-        inputs = runner.process([image], edge, f"{QUESTION} Look at part {number}.")
-        runner.generate(inputs | {"visual_cache": cache})
-        spent.append(now(CPU) - began)
-    return median(spent[1:])
-
-
 def time_architecture(run: EnginesArguments, architecture: str) -> list[dict]:
     """Rows of one architecture: all systems in torch, then those of the other engines, skipped ones last."""
     images = pick_images(run.images, run.repeats)
@@ -259,14 +262,14 @@ def time_architecture(run: EnginesArguments, architecture: str) -> list[dict]:
         others = list(engine_runners(run, architecture, twins, Path(folder), open_until))
         runners = [*twins, *(each for each in others if isinstance(each, EngineRunner))]
         rows = measure(runners, [[image] for image in images], edge)
-    for row, runner in zip(rows, runners):
-        row |= {"engine": runner.engine, "precision": runner.precision}
-        if isinstance(runner, EngineRunner):
-            row["system"] = runner.twin.name
-    rows_of_torch = list(zip(rows, twins))
-    for row, twin in tqdm(rows_of_torch, desc=f"{architecture}: {run.questions} questions about one image"):
-        if twin.system.selection != "dense":  # which encodes all tiles anew
-            row["seconds_later"] = ask_again(twin, images[0], edge, run.questions)
+        questions = [f"{QUESTION} Look at part {number}." for number in range(1, run.questions)]
+        asked = tqdm(list(zip(rows, runners)), desc=f"{architecture}: {run.questions} questions about one image")
+        for row, runner in asked:
+            row |= {"engine": runner.engine, "precision": runner.precision}
+            if isinstance(runner, EngineRunner):
+                row["system"] = runner.twin.name
+            if runner.system.selection != "dense":  # which encodes all tiles anew
+                row["seconds_later"] = median(runner.ask_again(images[:1], edge, questions))
     add_speedups(rows)
     rows += [each for each in others if isinstance(each, dict)]
     return [{"architecture": architecture, **row} for row in rows]

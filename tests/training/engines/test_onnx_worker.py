@@ -47,6 +47,15 @@ def test_it_answers_in_a_process_of_its_own(folder, work, tmp_path):
     assert worker.version.startswith("onnxruntime ") and worker.weight_bytes > 1e6
 
 
+@pytest.mark.parametrize("system", ["qgsa", "qgsa-attention-blocks-half-glance"])
+def test_later_questions_are_timed_one_by_one(system, folder, work):
+    from training.engines.onnx_worker import load
+
+    answer, _ = load(str(folder), "fp32", "1")
+    found = answer(**work, system=system, later=["where is it?", "is it red?"])
+    assert found.keys() == {"later"} and len(found["later"]) == 2 and min(found["later"]) > 0
+
+
 def test_every_system_encodes_its_tiles(folder, work, monkeypatch):
     from training.engines.onnx_worker import TimedModel, load
 

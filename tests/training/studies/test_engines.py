@@ -17,16 +17,16 @@ MADE_UP = """
 from training.engines.protocol import serve
 
 def load(folder, threads):
-    def answer(image, question, system, tiles, tokens, new_tokens):
+    def answer(image, question, system, tiles, tokens, new_tokens, later=()):
         assert (tiles, tokens, new_tokens, threads) == (2, 17, 3, "2"), (tiles, tokens, new_tokens, threads)
-        return {"vision": 0.5, "total": 2.0}
+        return {"later": [0.25 + len(set(later))] * len(later)} if later else {"vision": 0.5, "total": 2.0}
 
     return answer, {"version": "made-up 1", "weight_bytes": 1000}
 
 serve(load)
 """
 BESIDE = {
-    "made-up-int4": Engine("made_up", "made-up", apart=False),
+    "made-up-int4": Engine("made_up", "made-up", systems=("dense", "qgsa"), apart=False),
     "fails-int8": Engine("missing", "made-up", systems=("dense",), apart=False),
     "absent-int8": Engine("made_up", "nothing", systems=("qgsa",), apart=False),
     "apart-float32": Engine("made_up", "made-up", systems=("dense",)),
@@ -62,19 +62,20 @@ def given(tmp_path, make_image, monkeypatch):
 
 def test_all_engines_take_turns_and_missing_ones_say_why(given):
     rows = time_architecture(EnginesArguments(**given), "tiny")
-    dense, qgsa, other, *skipped = rows
-    assert [row["system"] for row in rows] == ["dense", "qgsa", "dense", "dense", "qgsa", "dense"]
+    dense, qgsa, other, ours, *skipped = rows
+    assert [row["system"] for row in rows] == ["dense", "qgsa", "dense", "qgsa", "dense", "qgsa", "dense"]
     assert dense["engine"].startswith("torch ") and dense["speedup_vs_dense"] == 1
     assert (other["engine"], other["precision"], other["weight_bytes"]) == ("made-up 1", "int4", 1000)
     assert other["seconds"] == {"vision": 0.5} and other["seconds_median"] == 2 and other["flops"] == dense["flops"]
-    assert qgsa["seconds_later"] < dense["seconds_median"] and "seconds_later" not in dense
+    assert qgsa["seconds_later"] < dense["seconds_median"] and "seconds_later" not in dense | other
+    assert ours["seconds_later"] == 2.25  # of two questions after the first
     reasons = [row["skipped"] for row in skipped]
     assert "No module named missing" in reasons[0]
     assert reasons[1:] == ["no files: run make engines", "no environment: run make engines"]
     table = format_engines(rows, "tiny").splitlines()
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
     assert "| dense | made-up 1 | int4 | – | 0.50 | – | – | 2.00 [2.00, 2.00] |" in table[4]
-    assert table[6].startswith("| qgsa | absent | int8 | – ") and reasons[1] in table[6]
+    assert table[7].startswith("| qgsa | absent | int8 | – ") and reasons[1] in table[7]
     assert format_engines(rows, "256m").count("\n") == 1
 
 
