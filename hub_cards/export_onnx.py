@@ -17,8 +17,8 @@ those of the pointers:
     selector              question_embeds, glance -> relevance, question_state, complexity_logits
     selector_match        question_state, image_features, is_global -> scores
 
-In every variant, floating-point inputs and outputs are float32. Attention over whole tiles is `MultiHeadAttention` of
-ONNX Runtime, which does not write the weights of all pairs of patches to memory.
+In every variant, floating-point inputs and outputs are float32. Attention over whole tiles is one node, the
+`MultiHeadAttention` of ONNX Runtime, and other runtimes may not know it.
 """
 
 import logging
@@ -155,7 +155,7 @@ def multi_head_attention(graph, query, key, value, heads: int, scale: float):
 def attention_of_graphs(module, query, key, value, attention_mask, scaling: float, **kwargs):
     """Attention of the encoder, in the interface of transformers, over `(B, heads, L, head_dim)`.
 
-    With a mask, which the node would need as `(L, L)` for every head, it is plain products and softmax.
+    With a mask, as over blocks of several tiles, it is plain products and softmax.
     """
     if attention_mask is None:
         states = (each.transpose(1, 2).flatten(2) for each in (query, key, value))

@@ -70,8 +70,8 @@ class Budget:
 
         A call that limits visual tokens has no exact count, whatever is configured.
 
-        Raises ValueError if the result is out of range, both are given, or a trained selector gets a larger exact
-        count than it is configured for; TypeError for an unknown field.
+        Raises ValueError if the result is out of range, both are given, or the exact count is larger than the
+        configured one; TypeError for an unknown field.
         """
         budget = cls(**{each.name: getattr(config, each.name) for each in fields(cls)})
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -87,10 +87,10 @@ class Budget:
         budget = replace(budget, **given)
         budget.check()
         count, configured = budget.positions_per_image, config.positions_per_image
-        if config.pointer == "selector" and configured is not None and count is not None and count > configured:
+        if configured is not None and count is not None and count > configured:
             raise ValueError(
-                f"positions_per_image ({count}): the selector of this checkpoint is used with at most {configured}; "
-                "give fewer, or change the configuration"
+                f"positions_per_image ({count}): this checkpoint is configured for at most {configured}; give fewer, "
+                "or change the configuration"
             )
         return budget
 
@@ -212,8 +212,7 @@ class QGSAConfig(SmolVLMConfig):
         positions_per_image (`int`, *optional*): the exact number of positions that each image takes in the prompt of
             the text model, visual tokens and markers together, in place of the limits of visual tokens; fewer only if
             the global view and `max_tiles` tiles hold fewer. For engines that reserve the positions of an image before
-            it is encoded. A call may ask for fewer, and for more unless the pointer is a trained selector. The relaxed
-            selection of training has no such count.
+            it is encoded. A call may ask for fewer, not for more. The relaxed selection of training has no such count.
         positions (`str`, defaults to `"original"`): position ids of what is kept: `"original"` are those of the whole
             prompt, `"compact"` are consecutive, as an engine numbers a prompt.
         pointer (`str`, defaults to `"selector"`): what tells relevant places from others. `"attention"` is the text

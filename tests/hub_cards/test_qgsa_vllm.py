@@ -279,7 +279,7 @@ BAD = {
     "a count beyond its own": (
         {"positions_per_image": COUNT + 1},
         400,
-        f"positions_per_image ({COUNT + 1}): the selector of this checkpoint is used with at most {COUNT}",
+        f"positions_per_image ({COUNT + 1}): this checkpoint is configured for at most {COUNT}",
     ),
     "a budget of other servers": ({"max_visual_tokens": 5}, 400, "max_visual_tokens (5): in vLLM, a request may set"),
     "an image that is too large": ({"images": [(12000, 12000)]}, 400, "image (12000 x 12000 px)"),

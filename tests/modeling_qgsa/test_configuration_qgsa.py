@@ -205,13 +205,12 @@ def test_a_call_that_limits_visual_tokens_has_no_exact_count(config):
         Budget.of(config, 32, positions_per_image=48)
 
 
-def test_a_trained_selector_gets_no_larger_count_than_it_is_configured_for(config):
-    config.positions_per_image, config.pointer = 64, "selector"
-    with pytest.raises(ValueError, match=r"positions_per_image \(65\): the selector .* is used with at most 64"):
+@pytest.mark.parametrize("pointer", ["selector", "attention"])
+def test_a_call_gets_no_larger_count_than_is_configured(pointer, config):
+    config.positions_per_image, config.pointer = 64, pointer
+    with pytest.raises(ValueError, match=r"positions_per_image \(65\): this checkpoint is configured for at most 64"):
         Budget.of(config, positions_per_image=65)
-    config.pointer = "attention"
-    assert Budget.of(config, positions_per_image=65).positions_per_image == 65
-    config.positions_per_image, config.pointer = None, "selector"
+    config.positions_per_image = None
     assert Budget.of(config, positions_per_image=65).positions_per_image == 65
 
 
