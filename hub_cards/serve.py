@@ -140,7 +140,7 @@ async def watch(request: Request, gone: threading.Event):
 async def respond(request: Request, answerer: Answerer) -> JSONResponse | StreamingResponse:
     """Answer a chat completion. Raises RequestError, when streaming only before the first piece."""
     arrived = time.perf_counter()
-    with answerer.arrivals.take(request.client.host if request.client else ""):
+    async with answerer.arrivals.take(request):
         in_thread = asyncio.get_running_loop().run_in_executor
         chat = await in_thread(answerer.parser, parse, await read_body(request, answerer.limits.max_bytes))
         answerer.check(chat)

@@ -10,12 +10,12 @@ import asyncio
 import hmac
 import ipaddress
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import h11
 from serve_errors import RequestError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -29,6 +29,8 @@ WAITING = 256  # waiting connections
 WAITING_PER_ADDRESS = 64
 SECONDS_OF_GRACE = 1  # in which a connection is not closed in favour of another one, unless there are too many:
 MOST_CONNECTIONS = 512  # file descriptors are often limited to 1024
+REFUSED_PER_SECOND = 10_000_000  # bytes per second and address of requests that turn out to be invalid
+LONGEST_PAUSE = 10  # seconds, after one such request
 SPARE = 8  # requests of one client that are received while the queue is full
 BYTES_AT_ONCE = 8192  # parsed between two looks at the head
 MOST_HELD = 2**20  # bytes that come before their turn
@@ -136,6 +138,9 @@ class Places:
 
     Behind a proxy on this machine the address is that of `X-Forwarded-For`, which uvicorn trusts from loopback.
 
+    An address whose request was invalid, or broken off, has to pause, in proportion to its length: further ones are
+    then received one by one, at REFUSED_PER_SECOND. To read them holds the interpreter, which answers need.
+
     Args:
         queue: places of the queue that the requests go to. One client may fill it, and have `SPARE` refused there;
             all clients together have twice as many places here.
@@ -143,22 +148,44 @@ class Places:
 
     def __init__(self, queue: int):
         self.per_address, self.taken = queue + SPARE, Counter()
+        self.paused_until: dict[str, float] = {}  # by the clock of the event loop
 
-    @contextmanager
-    def take(self, host: str) -> Iterator[None]:
-        """Hold a place for a client at `host`. Raises RequestError (503) if there is none."""
-        address = network_of(host)
+    @asynccontextmanager
+    async def take(self, request: Request) -> AsyncIterator[None]:
+        """Hold a place for a request, once its address need not pause. Raises RequestError (503) if there is none."""
+        address = network_of(request.client.host if request.client else "")
         if self.taken[address] >= self.per_address or self.taken.total() >= 2 * self.per_address:
             message = (
                 f"too many requests are being received ({self.taken[address]} from this address): try again later"
             )
             raise RequestError(message, status=503, code="overloaded")
+        pause = min(LONGEST_PAUSE, int(request.headers.get("content-length", 0)) / REFUSED_PER_SECOND)
         self.taken[address] += 1
         try:
+            await self.wait_for_turn(address, pause)
             yield
+        except (RequestError, ClientDisconnect) as error:
+            if isinstance(error, ClientDisconnect) or error.status < 500:
+                self.pause(address, pause)
+            raise
         finally:
             self.taken[address] -= 1
             self.taken += Counter()  # forgets addresses without requests
+
+    async def wait_for_turn(self, address: str, pause: float):
+        """Return once an address need not pause; if it had to, its next request has to for `pause` seconds."""
+        now, had_to = asyncio.get_running_loop().time, False
+        while (seconds := self.paused_until.get(address, 0) - now()) > 0:
+            had_to = True
+            await asyncio.sleep(seconds)
+        if had_to:
+            self.pause(address, pause)
+
+    def pause(self, address: str, seconds: float):
+        """Let an address pause for so many seconds from now."""
+        now = asyncio.get_running_loop().time()
+        self.paused_until = {each: until for each, until in self.paused_until.items() if until > now}
+        self.paused_until[address] = max(self.paused_until.get(address, 0), now + seconds)
 
 
 def check_key(request: Request, key: str | None):

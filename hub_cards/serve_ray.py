@@ -238,7 +238,7 @@ class Door:
         check_key(request, self.api_key)
         body = b""
         if request.method == "POST" and request.url.path == CHAT:
-            with self.arrivals.take(request.client.host if request.client else ""):
+            async with self.arrivals.take(request):
                 body = await read_body(request, self.max_bytes)
         scope = {name: request.scope[name] for name in PASSED_ON if name in request.scope}
         return Passage(self, scope, body)

@@ -1,5 +1,6 @@
 """Requests that would stop the server of hub_cards/serve.py: `/health` and other clients are answered meanwhile."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -14,7 +15,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +23,9 @@ import pytest
 import serve_connections
 from PIL import Image
 from serve import Limits, load, make_app
+from serve_errors import RequestError
 from serving import serving
+from starlette.requests import Request
 
 
 CHAT = "/v1/chat/completions"
@@ -70,10 +73,10 @@ def healthy(url):
     assert max(seconds for _, seconds in answers) < 0.5
 
 
-def ask(url, body=HELLO, kind="application/json"):
+def ask(url, body=HELLO, kind="application/json", source="127.0.0.1"):
     """The status of a response and its JSON. Without httpx, which takes long to begin, and all threads with it."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60, source_address=(source, 0))
     try:
         connection.request("POST", CHAT, body, {} if kind is None else {"content-type": kind})
         response = connection.getresponse()
@@ -287,6 +290,66 @@ def test_an_address_has_places_of_its_own(url):
         refused = stack.enter_context(sent(url, head(10), "127.0.0.2"))
         assert b"503" in refused.recv(100)
         assert ask(url)[0] == 200
+
+
+@pytest.mark.parametrize("garbage", [b"[" * 5_000_000, b'{"messages": "' + b"a" * 5_000_000 + b'"}'])
+def test_whoever_sends_garbage_has_to_pause_and_nobody_else(url, garbage):
+    def seconds_for(body, source):
+        began = time.perf_counter()
+        status, _ = ask(url, body, source=source)
+        return status, time.perf_counter() - began
+
+    first = seconds_for(garbage, "127.0.0.3")
+    assert first[0] in (400, 413)
+    status, seconds = seconds_for(HELLO, "127.0.0.1")
+    assert status == 200 and seconds < 0.4
+    status, seconds = seconds_for(HELLO, "127.0.0.3")
+    assert status == 200 and seconds > 0.3
+
+
+@pytest.fixture
+def arrive():
+    """Lets requests of one address arrive, and tells after how many seconds each was received."""
+
+    async def one(places, length, status, began, number):
+        request = Request({"type": "http", "client": ("1.2.3.4", 1), "headers": [(b"content-length", b"%d" % length)]})
+        with suppress(RequestError):
+            async with places.take(request):
+                began[number] = asyncio.get_running_loop().time()
+                if status is not None:
+                    raise RequestError("refused", status=status)
+
+    def all_of(*waves):
+        """Requests `(length, status)` in waves, one after another; status None for one that is answered."""
+
+        async def run():
+            places, began = serve_connections.Places(queue=8), {}
+            start, number = asyncio.get_running_loop().time(), 0
+            for wave in waves:
+                await asyncio.gather(*(one(places, *each, began, number + n) for n, each in enumerate(wave)))
+                number += len(wave)
+            return [began[n] - start for n in sorted(began)], places
+
+        return asyncio.run(run())
+
+    return all_of
+
+
+def test_an_address_is_read_one_by_one_while_it_pauses(arrive):
+    megabyte = (1_000_000, 413)  # a tenth of a second
+    began, _ = arrive([megabyte], [megabyte, megabyte, megabyte], [(10, None)])
+    assert sorted(began) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.05)
+
+
+def test_requests_that_are_answered_do_not_pause_the_next(arrive):
+    began, left = arrive([(50_000_000, None)], [(10, None)], [(50_000_000, 503)], [(10, None)])
+    assert began == pytest.approx([0, 0, 0, 0], abs=0.05)
+    assert not left.paused_until and not left.taken
+
+
+def test_a_declared_length_cannot_pause_an_address_forever(arrive):
+    _, left = arrive([(10**15, 413)])
+    assert max(left.paused_until.values()) - time.monotonic() <= serve_connections.LONGEST_PAUSE
 
 
 @pytest.fixture(scope="module")
