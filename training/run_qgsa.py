@@ -39,6 +39,7 @@ from training.data.arguments import DataArguments
 from training.data.sets import load_data
 from training.evaluation.rows import add_flops, evaluate_systems
 from training.evaluation.systems import choose_systems
+from training.learning.distillation import distil_glance
 from training.learning.output import claimed, field_names, identity, last_checkpoint
 from training.learning.report import write_report
 from training.learning.train import check_training, to_qgsa, train_selection
@@ -47,7 +48,12 @@ from training.run_answers import main as answer_questions
 from training.standins.loading import load_base
 
 
-ADDED = {"glance_downscale": 1, "positions": "original"}  # options that earlier runs lack, with what they did
+ADDED = {  # options that earlier runs lack, with what they did
+    "glance_downscale": 1,
+    "positions": "original",
+    "distillation_steps": 0,
+    "distillation_learning_rate": 5e-4,
+}
 TASKS = ("train", "evaluate", "calibrate")
 SMOKE_QUESTIONS = 2  # with random weights, accuracies mean nothing: enough questions to show that the code runs
 
@@ -111,6 +117,8 @@ def run(
     elif task.task == "calibrate":
         kept = {"glance_downscale": selection.glance_downscale, "positions": selection.positions}
         tuned = QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, **kept).to(args.device)
+        if args.distillation_steps > 0:
+            distil_glance(tuned, processor, train, args)
         samples = Subset(train, range(min(task.calibration_size, len(train))))
         print(tuned.calibrate(samples, processor, task.target_loyalty, f"{args.output_dir}/observations"))
     else:
@@ -155,7 +163,7 @@ def main():
             evaluation.systems = [*(set(evaluation.systems) - {"dense-finetuned"}), "qgsa-attention"]
         chosen = choose_systems(evaluation.systems, None, None)  # a wrong name is found before anything is trained
         evaluation.systems = [system.name for system in chosen]
-        check_training(selection, features)
+        check_training(selection, features, args)
         wanted = identity([model, data, selection, features], args)
         if task.task == "calibrate":
             wanted |= asdict(task)

@@ -37,7 +37,7 @@ class SelectionArguments:
         default=None, metadata={"help": "Chance that the budget suffices (0.95)."}
     )
     glance_downscale: int = field(default=1, metadata={"help": "2: a glance at half of its size."})
-    positions: str = field(default="original", metadata={"help": "Position ids: original or compact."})
+    positions: str = field(default="original", metadata={"help": "original or compact."})
 
 
 @dataclass
@@ -78,12 +78,10 @@ class FeatureArguments:
 
     _argument_group_name = "features of frozen networks"
 
-    feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder to cache vision features in; without it, they are recomputed."}
-    )
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder to cache vision features in."})
     feature_cache_gb: float = field(default=20.0, metadata={"help": "Size limit per cache, in GB."})
     clip_model: str | None = field(
-        default=None, metadata={"help": "open_clip model for patch-word alignment, such as ViT-B-16."}
+        default=None, metadata={"help": "open_clip model for patch words, such as ViT-B-16."}
     )
     clip_pretrained: str | None = field(default=None, metadata={"help": "open_clip tag of its weights."})
 

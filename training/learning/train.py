@@ -14,6 +14,7 @@ from modeling_qgsa.selector_qgsa import FORMER_NAMES
 from training.cli.groups import FeatureArguments, ModelArguments, SelectionArguments
 from training.data.collator import QuestionCollator
 from training.learning.clip_alignment import PatchWordAlignment
+from training.learning.distillation import distil_glance
 from training.learning.feature_cache import open_feature_cache
 from training.learning.store import TensorStore, replace_file
 from training.learning.trainer import QGSATrainer
@@ -30,8 +31,17 @@ def to_qgsa(dense, processor, selection: SelectionArguments) -> QGSASmolVLMForCo
     return QGSASmolVLMForConditionalGeneration.from_dense(dense, processor, pointer="selector", **given)
 
 
-def check_training(selection: SelectionArguments, features: FeatureArguments):
-    """Raise ValueError if `selection` is "blocks" and there is a feature cache, which holds whole tiles."""
+def check_training(selection: SelectionArguments, features: FeatureArguments, args: QGSATrainingArguments):
+    """Raise ValueError if options exclude each other.
+
+    A feature cache holds whole tiles, so `selection` must not be "blocks", and `distillation_steps` teach a smaller
+    glance, so there must be one.
+    """
+    if args.distillation_steps > 0 and selection.glance_downscale == 1:
+        raise ValueError(
+            f"distillation_steps ({args.distillation_steps}): they teach a smaller glance, but glance_downscale is 1. "
+            "Set it to 2, or leave distillation_steps out"
+        )
     if selection.selection == "blocks" and features.feature_cache:
         raise ValueError(
             f"feature_cache ({features.feature_cache!r}): it holds whole tiles, but selection is 'blocks' and needs "
@@ -57,6 +67,8 @@ def train_selection(
     Raises ValueError as [`QGSATrainer`], `quantize`, `add_adapters`, `open_feature_cache` and `load_clip` do.
     """
     base = to_qgsa(dense, processor, selection)
+    if args.distillation_steps > 0:
+        distil_glance(base, processor, train, args)
     frozen = base if model.quantization == "none" else quantize(base, model, args.device)
     cache = alignment = None
     if features.feature_cache:

@@ -20,7 +20,7 @@ class LossArguments:
     utility_weight: float = field(default=1.0, metadata={"help": "Weight of the utility teacher; 0 disables it."})
     utility_temperature: float = field(default=0.5, metadata={"help": "Its softmax temperature."})
     attention_weight: float = field(default=1.0, metadata={"help": "Weight of the attention teacher; 0 disables it."})
-    attention_share: float = field(default=0.25, metadata={"help": "Share of a batch that this teacher sees."})
+    attention_share: float = field(default=0.25, metadata={"help": "Share of a batch that it sees."})
     neutral_question: str | None = field(
         default=None,
         metadata={"help": "Divide the teacher's attention by the attention under this question."},
@@ -33,9 +33,7 @@ class LossArguments:
     complexity_weight: float = field(default=0.1, metadata={"help": "Weight of the complexity loss; 0 disables it."})
     complexity_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the estimator."})
     adapter_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the adapters."})
-    complexity_start: float = field(
-        default=0.4, metadata={"help": "Share of the steps before the complexity loss starts."}
-    )
+    complexity_start: float = field(default=0.4, metadata={"help": "Share of the steps before its loss."})
     complexity_tolerance: float = field(
         default=0.1,
         metadata={"help": "Largest drop below dense in mean answer-token probability at a sufficient budget."},
@@ -44,6 +42,10 @@ class LossArguments:
         default=None, metadata={"help": "Mean number of visual tokens per image to aim at."}
     )
     budget_weight: float = field(default=1.0, metadata={"help": "Weight of missing that target."})
+    distillation_steps: int = field(
+        default=0, metadata={"help": "Steps that teach the encoder the smaller glance first."}
+    )
+    distillation_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of these steps."})
 
 
 @dataclass

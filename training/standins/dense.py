@@ -6,17 +6,16 @@
 3. Tower and language model are trained together on pictures, with the tower frozen.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, Cards, parse_canvas
 from training.data.collator import QuestionCollator
+from training.learning.stages import stage_arguments, train_resumable
 from training.standins.lessons import Lesson, LessonCollator, Lessons, WordCollator
 from training.standins.tower import Tiles, WordTower, figures_named
 
@@ -66,17 +65,6 @@ class WordTrainer(Trainer):
         places = (input_ids == model.config.image_token_id)[..., None]
         inputs["inputs_embeds"] = embedding(input_ids).masked_scatter(places, shown)
         return super().compute_loss(model, inputs, **kwargs)
-
-
-def stage_arguments(args, name: str, **changes):
-    """`args` for a step before the last: in a subfolder, without evaluation."""
-    return replace(args, output_dir=f"{args.output_dir}/{name}", eval_strategy="no", **changes)
-
-
-def train_resumable(trainer: Trainer):
-    """Train, continuing from the last checkpoint in the trainer's folder, if there is one."""
-    folder = trainer.args.output_dir
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).exists() else None)
 
 
 def word_ids(tokenizer) -> list[int]:

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, Cards
-from training.standins.dense import lessons_of, stage_arguments, train_on_pictures, train_resumable
+from training.learning.stages import stage_arguments, train_resumable
+from training.standins.dense import lessons_of, train_on_pictures
 from training.standins.lessons import ALL_DESCRIPTIONS, ALL_SHARES, Lesson, LessonCollator
 from training.standins.muon import make_optimizer
 from training.standins.tower import GRID, FreeTower, Tiles, cell_tile, figures_named, visual_tokens
