@@ -98,6 +98,7 @@ TABLES = {
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
     "throughput_cpu": lambda rows: [serve_throughput.format_throughput(rows)],
     "serve_faults_cpu": lambda rows: [serve_faults.format_faults(rows)],
+    "serve_faults_two_cores_cpu": lambda rows: [serve_faults.format_faults(rows)],
     "serve_ray_cpu": lambda rows: [serve_ray_load.format_ray_load(rows)],
     "speed_256m_cpu": lambda rows: [format_speed(rows, 2048)],
     "speed_256m_cpu_batch8": lambda rows: [format_speed(rows, 2048)],
