@@ -17,7 +17,8 @@ from training.learning.training_arguments import QGSATrainingArguments
 
 
 def relative_error(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error in units of the mean square of the `target`, a scalar: 0 for equal ones, 1 for zeros."""
+    """Mean squared error over the mean square of the `target`, a float32 scalar: 0 for equal ones, 1 for zeros."""
+    features, target = features.float(), target.float()
     return (features - target).square().mean() / target.square().mean()
 
 

@@ -84,7 +84,7 @@ def claimed(
         try:
             yield
         except BaseException:
-            saved = ("checkpoint-*", "*.safetensors", "*.jsonl")
+            saved = ("checkpoint-*", "*/checkpoint-*", "*.safetensors", "*.jsonl")  # also those of earlier stages
             if new and not any(any(folder.glob(each)) for each in saved):
                 path.unlink()  # nothing was saved: the folder is free for another run
             raise

@@ -107,6 +107,16 @@ def test_the_smaller_glance_comes_closer_and_nothing_but_the_encoder_changes(
     assert all(weight.requires_grad for weight in model.parameters())
 
 
+def test_it_trains_under_autocast(make_model, processor, samples, pixels, make_args):
+    model = make_model(glance_downscale=2)
+    before = errors_of(GlanceDistillation(make_model(glance_downscale=2).model), pixels)
+    judge = GlanceDistillation(make_model(glance_downscale=2).model)
+    distil_glance(model, processor, samples, make_args(bf16=True))
+    judge.student = model.model
+    assert errors_of(judge, pixels)["glance_error"] < 0.7 * before["glance_error"]
+    assert model.dtype == torch.float32
+
+
 def test_it_continues_from_its_last_checkpoint(make_model, processor, samples, make_args):
     whole = make_model(glance_downscale=2)
     distil_glance(whole, processor, samples, make_args())

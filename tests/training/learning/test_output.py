@@ -174,11 +174,14 @@ def test_the_last_complete_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-@pytest.mark.parametrize("saved, free", [(None, True), ("checkpoint-2", False), ("model.safetensors", False)])
+@pytest.mark.parametrize(
+    "saved, free",
+    [(None, True), ("checkpoint-2", False), ("distillation/checkpoint-2", False), ("model.safetensors", False)],
+)
 def test_a_run_that_fails_before_it_saves_anything_leaves_the_folder_to_others(saved, free, tmp_path):
     with pytest.raises(OSError):
         with claimed(tmp_path, WANTED):
             if saved:
-                (tmp_path / saved).mkdir()
+                (tmp_path / saved).mkdir(parents=True)
             raise OSError("no such data")
     assert (tmp_path / "run.json").exists() is not free
