@@ -10,10 +10,16 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from modeling_qgsa.compat_qgsa import RETURN_OUTPUT, tile_features
 from modeling_qgsa.vision_qgsa import encode_scaled_down
 from training.learning.stages import stage_arguments, train_resumable
 from training.learning.training_arguments import QGSATrainingArguments
+
+
+def visual_tokens(vision_model, connector, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What a connector makes of whole tiles `(N, 3, H, W)`: visual tokens `(N, P, D)`."""
+    side = vision_model.config.image_size // vision_model.config.patch_size
+    patches = torch.ones(len(pixel_values), side, side, dtype=torch.bool, device=pixel_values.device)
+    return connector(vision_model(pixel_values, patch_attention_mask=patches).last_hidden_state)
 
 
 def relative_error(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -31,19 +37,10 @@ class GlanceDistillation(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.teacher = nn.ModuleDict({"encoder": model.vision_model, "connector": model.connector})
-        self.teacher = copy.deepcopy(self.teacher).requires_grad_(False)
+        self.teacher = copy.deepcopy(nn.ModuleList([model.vision_model, model.connector])).requires_grad_(False)
         self.student = model.requires_grad_(False)
         for part in (model.vision_model, model.connector):
             part.requires_grad_(True)
-
-    @torch.no_grad()
-    def taught(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the teacher makes of whole tiles `(n, 3, S, S)`: `(n, P, D)`."""
-        side = self.student.config.vision_config.image_size // self.student.config.vision_config.patch_size
-        mask = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
-        encoder, connector = self.teacher["encoder"], self.teacher["connector"]
-        return connector(encoder(pixels, patch_attention_mask=mask).last_hidden_state)
 
     def forward(self, glances: torch.Tensor, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
         """Errors of the features of global views, scaled down, and of whole tiles, which are to stay as they are.
@@ -53,9 +50,11 @@ class GlanceDistillation(nn.Module):
 
         Returns `loss`, the sum of `glance_error` and `tile_error`, all of them scalars.
         """
-        whole = tile_features(self.student.get_image_features(tiles[None], **RETURN_OUTPUT)).flatten(0, -2)
-        tile_error = relative_error(whole, self.taught(tiles).flatten(0, -2))
-        glance_error = relative_error(encode_scaled_down(self.student, glances, None), self.taught(glances))
+        student = self.student
+        with torch.no_grad():
+            glance_target, tile_target = (visual_tokens(*self.teacher, pixels) for pixels in (glances, tiles))
+        glance_error = relative_error(encode_scaled_down(student, glances, None), glance_target)
+        tile_error = relative_error(visual_tokens(student.vision_model, student.connector, tiles), tile_target)
         return {"loss": glance_error + tile_error, "glance_error": glance_error, "tile_error": tile_error}
 
 

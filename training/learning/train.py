@@ -32,11 +32,13 @@ def to_qgsa(dense, processor, selection: SelectionArguments) -> QGSASmolVLMForCo
 
 
 def check_training(selection: SelectionArguments, features: FeatureArguments, args: QGSATrainingArguments):
-    """Raise ValueError if options exclude each other.
+    """Raise ValueError if `distillation_steps` is negative, or if options exclude each other.
 
     A feature cache holds whole tiles, so `selection` must not be "blocks", and `distillation_steps` teach a smaller
     glance, so there must be one.
     """
+    if args.distillation_steps < 0:
+        raise ValueError(f"distillation_steps ({args.distillation_steps}): must be at least 0")
     if args.distillation_steps > 0 and selection.glance_downscale == 1:
         raise ValueError(
             f"distillation_steps ({args.distillation_steps}): they teach a smaller glance, but glance_downscale is 1. "

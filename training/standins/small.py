@@ -17,11 +17,12 @@ from transformers import Trainer, TrainingArguments
 
 from training.cli.groups import StandInArguments
 from training.data.cards import COLOURS, FIGURES, Cards
+from training.learning.distillation import visual_tokens
 from training.learning.stages import stage_arguments, train_resumable
 from training.standins.dense import lessons_of, train_on_pictures
 from training.standins.lessons import ALL_DESCRIPTIONS, ALL_SHARES, Lesson, LessonCollator
 from training.standins.muon import make_optimizer
-from training.standins.tower import GRID, FreeTower, Tiles, cell_tile, figures_named, visual_tokens
+from training.standins.tower import GRID, FreeTower, Tiles, cell_tile, figures_named
 
 
 READING_LAYERS = 4  # layers of the language model after which visual tokens are named

@@ -6,17 +6,11 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, normalize
 
 from training.data.cards import CANVAS, COLOURS, FIGURES, SPLITS, TILE, make_scene, render
+from training.learning.distillation import visual_tokens
 
 
 NAME_LENGTH = 0.6  # norm of a row of the classifier of words, about that of a new linear layer
 GRID = 4  # visual tokens along a side of a tile
-
-
-def visual_tokens(vision_model, connector, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What a connector makes of tiles `(N, 3, H, W)`: visual tokens `(N, P, D)`."""
-    side = vision_model.config.image_size // vision_model.config.patch_size
-    patches = torch.ones(len(pixel_values), side, side, dtype=torch.bool, device=pixel_values.device)
-    return connector(vision_model(pixel_values, patch_attention_mask=patches).last_hidden_state)
 
 
 def naming(logits, together, labels):

@@ -148,3 +148,8 @@ def test_a_whole_glance_needs_no_distillation(make_args):
         check_training(SelectionArguments(), FeatureArguments(), make_args())
     check_training(SelectionArguments(glance_downscale=2), FeatureArguments(), make_args())
     check_training(SelectionArguments(), FeatureArguments(), make_args(distillation_steps=0))
+
+
+def test_a_negative_number_of_steps_is_refused(make_args):
+    with pytest.raises(ValueError, match=r"distillation_steps \(-1\): must be at least 0"):
+        check_training(SelectionArguments(glance_downscale=2), FeatureArguments(), make_args(distillation_steps=-1))
