@@ -9,6 +9,8 @@ from PIL import Image
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
+from .tiles_qgsa import LazyImage
+
 
 MIN_SIDE = 4  # px; a smaller image has no content to look at
 MAX_ASPECT = 200  # beyond it the short side is resized to nothing
@@ -18,14 +20,14 @@ MAX_PIXELS = 89_478_485  # above it PIL warns of decompression bombs
 def load_images(images, rescale: bool = True):
     """Load images given by path, URL or data URI, in lists of any depth, and check every image; None stays None.
 
-    Returns PIL images, and uint8 arrays for arrays and tensors without an alpha channel; floats stay as they are if
-    the image processor does not `rescale` from 0 .. 255. Raises TypeError if an element is not an image, OSError or
-    ValueError if it cannot be read or fails `check_size` or `check_depth`.
+    Returns PIL images, and uint8 arrays for arrays and tensors without an alpha channel. Floats stay as they are if
+    the image processor does not `rescale` from 0 .. 255, and so do images that were opened already. Raises TypeError
+    if an element is not an image, OSError or ValueError if it cannot be read or fails `check_size` or `check_depth`.
     """
     if isinstance(images, list | tuple):
         return [load_images(image, rescale) for image in images]
-    if images is None:
-        return None
+    if images is None or isinstance(images, LazyImage):
+        return images
     if isinstance(images, str):
         images = read(lambda: open_image(images), repr(images if len(images) < 100 else images[:100] + "..."))
     if not isinstance(images, Image.Image):

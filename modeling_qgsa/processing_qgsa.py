@@ -35,7 +35,8 @@ class QGSAProcessor(Idefics3Processor):
     closed turn that is not the assistant's, or none if it is empty. Turns are those of the chat template.
 
     With `lazy_tiles=True` only the global views are turned into pixels at once; the inputs then carry `lazy_tiles`,
-    from which the model cuts exactly the tiles that it looks at.
+    from which the model cuts exactly the tiles that it looks at. What `open` returns may stand in place of an image,
+    which is then not scaled again.
 
     Raises ValueError for an image with a side of less than 4 px, an aspect ratio over 200, more than 89 million
     pixels or more than 8 bits per channel; if the number of images in the prompts differs from the number given; and
@@ -61,6 +62,9 @@ class QGSAProcessor(Idefics3Processor):
         check_edges(options)
         rescale = options.get("do_rescale")
         images = load_images(images, self.image_processor.do_rescale if rescale is None else rescale)
+        if has_opened(images):
+            check_opened(text, lazy_tiles)
+            lazy_tiles = True
         if text is not None:
             text = check_text(text)
             images = images if has_images(images) else None
@@ -76,6 +80,35 @@ class QGSAProcessor(Idefics3Processor):
             stacked = torch.stack(masks)
             inputs["question_mask"] = stacked if torch.is_tensor(inputs["input_ids"]) else stacked.numpy()
         return inputs
+
+    def open(
+        self, image: Any, size: dict[str, int] | None = None, do_image_splitting: bool | None = None
+    ) -> LazyImage:
+        """Scale an image once, for several questions: the processor takes the result in place of the image.
+
+        Its inputs are then those of `lazy_tiles=True`, which an opened image implies.
+
+        Args:
+            image: PIL image, path, URL, array or tensor; an opened image is returned as it is.
+            size: `{"longest_edge": px}`, that of the image processor by default.
+            do_image_splitting: whether there are tiles in addition to the global view, as in the image processor by
+                default.
+
+        Raises what the processor raises for such an image, TypeError for several, and ValueError for an image that was
+        opened already and is to be scaled otherwise.
+        """
+        cutting, image_processor = {"size": size, "do_image_splitting": do_image_splitting}, self.image_processor
+        check_edges(cutting)
+        tile = image_processor.max_image_size["longest_edge"]
+        if isinstance(image, LazyImage):
+            check_scaled(image, tile, **cutting)
+            return image
+        if image is None or isinstance(image, list | tuple):
+            raise TypeError(f"image ({type(image).__name__}) must be a single image")
+        image = to_rgb(load_images(image, image_processor.do_rescale))
+        split = image_processor.do_image_splitting if do_image_splitting is None else do_image_splitting
+        edge = (size or image_processor.size)["longest_edge"]
+        return LazyImage(image, edge, tile, split, image_processor.resample)
 
     def prepare_all(self, images, text, **kwargs) -> BatchFeature:
         """The stock processor's inputs. Raises ValueError if truncation cuts the prompt within an image."""
@@ -102,20 +135,15 @@ class QGSAProcessor(Idefics3Processor):
         known = image_processor_options(image_processor)
         for name in [name for name in kwargs if name in known and name != "return_tensors"]:
             images_kwargs[name] = kwargs.pop(name)
-        longest_edge = (images_kwargs.pop("size", None) or image_processor.size)["longest_edge"]
-        split = images_kwargs.pop("do_image_splitting", None)
-        split = image_processor.do_image_splitting if split is None else split
+        cutting = {name: images_kwargs.pop(name, None) for name in ("size", "do_image_splitting")}
         if images_kwargs:
             raise ValueError(f"lazy_tiles supports size and do_image_splitting, not {', '.join(images_kwargs)}")
         options = {**kwargs, **(text_kwargs or {})}
         unknown = sorted(options.keys() - tokenizer_options())
         if unknown:
             raise ValueError(f"lazy_tiles: unknown options {', '.join(unknown)}. Those of `generate` go to the model")
-        tile, resample = image_processor.max_image_size["longest_edge"], image_processor.resample
         text = list(text)
-        samples = [
-            [LazyImage(to_rgb(image), longest_edge, tile, split, resample) for image in sample] for sample in images
-        ]
+        samples = [[self.open(image, **cutting) for image in sample] for sample in images]
         for number, sample in enumerate(samples):
             between = text[number].split(self.image_token)
             shown = [self.image_prompt(*image.grid) for image in sample]
@@ -158,7 +186,8 @@ class QGSAProcessor(Idefics3Processor):
         coarsely; these regions keep their colour without an outline.
 
         Args:
-            image: the image given to the processor (PIL image, path, URL or array).
+            image: the image given to the processor (PIL image, path, URL or array, or what `open` made of them, which
+                is drawn as it was scaled).
             selection: the result of `model.select`.
             index: number of the image in the batch, in prompt order.
 
@@ -174,7 +203,7 @@ class QGSAProcessor(Idefics3Processor):
             raise ValueError(f"index ({index!r}) must be below the number of images in the selection ({len(grids)})")
         if image is None or isinstance(image, list | tuple):
             raise TypeError(f"image ({type(image).__name__}) must be the single image with that index")
-        image = to_rgb(load_images(image))
+        image = image.image if isinstance(image, LazyImage) else to_rgb(load_images(image))
         check_grid(*grids[index].tolist(), *image.size)
         tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
         colour = np.asarray(image)
@@ -206,6 +235,28 @@ def check_edges(options: dict):
         edge = size.get("longest_edge") if isinstance(size, dict) else size
         if size is not None and (not isinstance(size, dict) or not isinstance(edge, int) or edge < 1):
             raise ValueError(f'{name} ({size!r}) must be {{"longest_edge": px}}')
+
+
+def has_opened(images) -> bool:
+    """Whether nested lists contain an image that was opened."""
+    return any(map(has_opened, images)) if isinstance(images, list | tuple) else isinstance(images, LazyImage)
+
+
+def check_opened(text, lazy_tiles):
+    """Raise ValueError for opened images that are not to be cut on demand, or without a prompt."""
+    if text is None:
+        raise ValueError("text (None): images that were opened are prepared together with a prompt")
+    if lazy_tiles is not None and not lazy_tiles:
+        raise ValueError(f"lazy_tiles ({lazy_tiles}): images that were opened are cut on demand")
+
+
+def check_scaled(image: LazyImage, tile: int, **cutting):
+    """Raise ValueError if an opened image was cut into tiles of another size in px, or is to be scaled otherwise."""
+    for name, value in cutting.items():
+        if value is not None:
+            raise ValueError(f"{name} ({value}): the image was scaled when it was opened: give it to `open`")
+    if image.tile != tile:
+        raise ValueError(f"the image was opened for tiles of {image.tile} px, but those of this processor have {tile}")
 
 
 def check_media(**media):

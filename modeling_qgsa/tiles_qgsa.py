@@ -41,6 +41,12 @@ class LazyImage:
         settings = str((self.image.size, self.tile, self.grid, self.resample))
         return hashlib.sha256(self.image.tobytes() + settings.encode()).hexdigest()
 
+    @cached_property
+    def global_view(self) -> Image.Image:
+        """The whole image, `tile` px wide and high."""
+        view, size = self.image, (self.tile, self.tile)
+        return view if view.size == size else view.resize(size, self.resample)
+
     @property
     def last(self) -> int:
         """Number of the global view, which comes after the tiles."""
@@ -50,13 +56,9 @@ class LazyImage:
         """Pixels of tile `number`, `(3, tile, tile)` uint8; tiles are numbered row by row, the global view last."""
         columns = self.grid[1]
         if number == self.last:
-            view = self.image
-            if view.size != (self.tile, self.tile):
-                view = view.resize((self.tile, self.tile), self.resample)
-        else:
-            left, top = self.tile * (number % columns), self.tile * (number // columns)
-            view = self.image.crop((left, top, left + self.tile, top + self.tile))
-        return np.asarray(view).transpose(2, 0, 1)
+            return np.asarray(self.global_view).transpose(2, 0, 1)
+        left, top = self.tile * (number % columns), self.tile * (number // columns)
+        return np.asarray(self.image.crop((left, top, left + self.tile, top + self.tile))).transpose(2, 0, 1)
 
 
 class LazyTiles:

@@ -228,7 +228,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     export.export(export.ExportArguments(model, str(tmp_path / "qgsa")))
     scope = {"samples": [{**Cards("validation", 24)[number]} for number in range(24)]}
     code = snippets(README.read_text(), "python")
-    assert len(code) == 7
+    assert len(code) == 8
     if find_spec("onnxruntime") is None:  # not part of every environment
         code = [snippet for snippet in code if "qgsa_onnx" not in snippet]
     else:
@@ -238,7 +238,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, capsys):
     printed = capsys.readouterr().out.strip().splitlines()
     # The pair is twice the same model here, whose surest answers the guide gives alone.
     assert [line.split()[0] for line in printed[:4]] == ["moon", "encoder", "tensor([True])", "moon"]
-    assert printed[4:] == ["moon 2"] * (len(code) - 6)  # the thumbnail and a tile
+    assert printed[4:] == ["moon 2"] * (len(code) - 7)  # the thumbnail and a tile
     assert printed[1].startswith("encoder tuned: ") and "'visual_tokens_dense': [272]" in printed[3]
     assert scope["pair"].guidance.exit_threshold is not None and (tmp_path / "pair" / "guidance.json").is_file()
     assert scope["picture"].size == scope["image"].size and scope["ids"].shape[0] == 1 and scope["loss"].isfinite()

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from export import ExportArguments, export
 from PIL import Image
 from qgsa_vllm.selecting import (
     AskedImage,
@@ -22,6 +23,7 @@ from qgsa_vllm.selecting import (
     prompt_about,
 )
 from serve_processes import started, vllm
+from tqdm.auto import tqdm
 
 from modeling_qgsa import QGSAConfig, QGSAProcessor, QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.vision_qgsa import VisualCache
@@ -30,8 +32,10 @@ from training.data.cards import Cards
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "hub_cards" / "tiny-qgsa"
+PUBLISHED = ROOT.parent / "shared" / "checkpoints" / "smolvlm-256m-instruct"
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 NEW, COUNT = 8, 40
+ROUNDING = 1e-3  # of a logit
 
 
 # What the plugin does with our model, without vLLM
@@ -145,32 +149,60 @@ def conversation(question: str, *images: Image.Image) -> list[dict]:
     return [{"role": "user", "content": [*map(part, images), {"type": "text", "text": question}]}]
 
 
+def with_fields(folder: Path, **fields) -> Path:
+    """Sets fields of its configuration."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def loaded(folder: Path):
+    """A checkpoint, and our model and processor for it; vLLM runs it in float32, too."""
+    model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    return folder, model, QGSAProcessor.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A copy of the trained checkpoint with an exact count, and our model and processor for it."""
+    """A copy of the trained checkpoint with an exact count."""
     folder = tmp_path_factory.mktemp("served") / "tiny-qgsa"
     folder.mkdir()
     for path in CHECKPOINT.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"positions_per_image": COUNT, "positions": "compact"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, QGSASmolVLMForConditionalGeneration.from_pretrained(folder), QGSAProcessor.from_pretrained(folder)
+    return loaded(with_fields(folder, positions_per_image=COUNT, positions="compact"))
 
 
 def generated(served, question, images, **options) -> str:
+    return generated_with_gap(served, question, images, **options)[0]
+
+
+def generated_with_gap(served, question, images, **options) -> tuple[str, float]:
+    """The answer, and the smallest distance between the logits of the two best tokens of a step."""
     _, model, processor = served
     content = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=text, images=images or None, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
-    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    options |= {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(**inputs, **options)
+    best = torch.stack(found.logits).topk(2).values
+    answer = processor.decode(found.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer, (best[..., 0] - best[..., 1]).min().item()
+
+
+def ask_vllm(folder: Path, calls: list[dict]) -> list[dict]:
+    """Results of `vllm_answers.py`."""
+    if not VLLM.exists():
+        pytest.skip("vLLM is not set up: make vllm")
+    command = [VLLM, Path(__file__).with_name("vllm_answers.py"), folder]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, input=json.dumps(calls), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def results(served):
     """Results of vLLM, by the name of the call."""
-    if not VLLM.exists():
-        pytest.skip("vLLM is not set up: make vllm")
     cards = [Cards("validation", 16)[number] for number in range(16)]
     image, other = cards[0]["image"], cards[1]["image"]
     calls = {
@@ -192,12 +224,7 @@ def results(served):
             "mm_processor_kwargs": {"max_tiles": "two"},
         },
     }
-    command = [VLLM, Path(__file__).with_name("vllm_answers.py"), served[0]]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    given = json.dumps(list(calls.values()))
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(calls, json.loads(done.stdout))), cards
+    return dict(zip(calls, ask_vllm(served[0], list(calls.values())))), cards
 
 
 def test_vllm_answers_a_batch_as_generate_does(served, results):
@@ -243,6 +270,35 @@ def test_bad_limits_are_named_in_one_line(results):
     found, _ = results
     assert found["no room"]["error"].startswith("positions_per_image (3) leaves no room for visual tokens")
     assert found["no number"]["error"] == "max_tiles ('two') must be an integer of at most 2147483647"
+
+
+@pytest.fixture(scope="module", params=["trained", "architecture of 256M"])
+def any_served(request, tmp_path_factory):
+    if request.param == "trained":
+        return request.getfixturevalue("served")
+    if not PUBLISHED.exists():
+        pytest.skip(f"no {PUBLISHED.name}: its files are not part of the repository")
+    folder = tmp_path_factory.mktemp("served") / "256m"
+    export(ExportArguments(str(PUBLISHED), str(folder), random_weights=True))
+    return loaded(with_fields(folder, positions_per_image=190, positions="compact", max_tiles=2))
+
+
+@pytest.mark.slow
+def test_vllm_answers_256_questions_as_generate_does(any_served):
+    """Sixteen at a time. Answers may differ where two tokens are as good as each other, but for rounding."""
+    cards = [Cards("validation", 256)[number] for number in range(256)]
+    batches = [
+        {"conversations": [conversation(card["question"], card["image"]) for card in cards[start : start + 16]]}
+        for start in range(0, 256, 16)
+    ]
+    found = [answer for result in ask_vllm(any_served[0], batches) for answer in result["answers"]]
+    differing = []
+    for card, answer in tqdm(list(zip(cards, found, strict=True)), desc="generate"):
+        expected, gap = generated_with_gap(any_served, card["question"], [card["image"]])
+        if answer != expected:
+            differing.append((card["question"], answer, expected, gap))
+    print(len(differing), "of 256 differ:", differing)
+    assert all(gap < ROUNDING for *_, gap in differing), differing
 
 
 # Its server

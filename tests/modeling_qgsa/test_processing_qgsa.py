@@ -194,6 +194,13 @@ def test_drawing_takes_a_path(processor, model, single, make_image, tmp_path):
     assert np.array_equal(drawn, processor.draw_selection(make_image(), selection))
 
 
+def test_drawing_takes_an_opened_image(processor, model, single, make_image):
+    """Drawn as it was scaled."""
+    selection, opened = model.select(**single), processor.open(make_image(0))
+    drawing = processor.draw_selection(opened, selection)
+    assert np.array_equal(drawing, processor.draw_selection(opened.image, selection))
+
+
 def test_drawings_show_the_selection(processor, model, single, make_image):
     budget = {"min_tiles": 1, "max_tiles": 1, "min_visual_tokens": 2, "max_visual_tokens": 2}
     image, drawn = make_image(), []

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,57 @@ def test_a_wrong_number_of_images_is_named(processor, make_image):
         processor(images=[make_image()], **call)
     with pytest.raises(ValueError, match=r"prompts name \[1, 1\] images, but \[2, 0\] are given"):
         processor(images=[[make_image(), make_image()], []], **call)
+
+
+# Opened images
+
+
+def test_an_opened_image_gives_the_same_inputs_without_scaling_again(processor, make_image, monkeypatch):
+    """As long as the image itself, and for several questions and images in a batch."""
+    text = ["<image>what is it?", "<image>and<image>now?"]
+    first, second = make_image(0), make_image(1, 256, 64)
+    call = {"text": text, "padding": True, "return_tensors": "pt"}
+    expected = processor(images=[[first], [second, first]], **call, lazy_tiles=True)
+    opened, other = processor.open(first), processor.open(second)
+    assert processor.open(opened) is opened
+    processor(text=text[0], images=opened)  # the global view is made now
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **kwargs: pytest.fail("scaled again"))
+    processor(text=text[0], images=opened)
+    monkeypatch.undo()
+    found = processor(images=[[opened], [other, opened]], **call)
+    assert found.keys() == expected.keys() and found["lazy_tiles"].counts == expected["lazy_tiles"].counts
+    for name in ("input_ids", "attention_mask", "question_mask", "pixel_values"):
+        assert torch.equal(found[name], expected[name])
+    places = [0, 1, 1], [3, 0, 20]
+    assert torch.equal(found["lazy_tiles"].cut(*places), expected["lazy_tiles"].cut(*places))
+    assert found["lazy_tiles"].key(1, 2) == expected["lazy_tiles"].key(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"size": {"longest_edge": 128}}, {"do_image_splitting": False}])
+def test_an_image_is_opened_as_the_processor_would_cut_it(options, processor, make_image):
+    call = {"text": "<image>what is it?", "return_tensors": "pt"}
+    expected = processor(images=make_image(0), **call, **options, lazy_tiles=True)
+    found = processor(images=processor.open(make_image(0), **options), **call)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_opened_images_that_cannot_be_prepared_are_refused(processor, make_image):
+    opened, text = processor.open(make_image(0)), "<image>what is it?"
+    with pytest.raises(ValueError, match=r"text \(None\): images that were opened"):
+        processor(images=opened)
+    with pytest.raises(ValueError, match=r"lazy_tiles \(False\): images that were opened"):
+        processor(images=[[opened]], text=[text], lazy_tiles=False)
+    with pytest.raises(ValueError, match=r"size \(\{'longest_edge': 128\}\): the image was scaled when it was opened"):
+        processor(images=opened, text=text, size={"longest_edge": 128})
+    other = copy.deepcopy(processor)
+    other.image_processor.max_image_size = {"longest_edge": 32}
+    with pytest.raises(ValueError, match="opened for tiles of 64 px, but those of this processor have 32"):
+        other(images=opened, text=text)
+    with pytest.raises(ValueError, match=r"size \(5\) must be"):
+        processor.open(make_image(0), size=5)
+    for nothing in (None, [make_image(0)]):
+        with pytest.raises(TypeError, match=rf"image \({type(nothing).__name__}\) must be a single image"):
+            processor.open(nothing)
+    with pytest.raises(ValueError, match="2 x 400 px"):
+        processor.open(Image.new("RGB", (2, 400)))

@@ -73,20 +73,27 @@ class Runner:
 
     def process(self, images: list[Image.Image], edge: int, question: str = QUESTION) -> dict:
         """The inputs of `generate` for a question about each image, its longest edge scaled to `edge` px."""
+        return self.prepare(images, question, **self.cutting(images, edge))
+
+    def cutting(self, images: list[Image.Image], edge: int) -> dict:
+        """Options of the processor that scale and cut images, their longest edge to `edge` px."""
         if self.system.edge == "half":
             edge //= 2
         if self.system.edge == "native":
             edge = min(edge, max(max(image.size) for image in images))
+        return {"size": {"longest_edge": edge}, "do_image_splitting": self.system.split}
+
+    def prepare(self, images: list, question: str, **cutting) -> dict:
+        """The inputs of `generate` for a question about each image, or about each opened one."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         options = {"lazy_tiles": True} if self.system.lazy else {}
         inputs = self.processor(
             text=[text] * len(images),
             images=[[image] for image in images],
-            size={"longest_edge": edge},
-            do_image_splitting=self.system.split,
             padding=True,
             return_tensors="pt",
+            **cutting,
             **options,
         )
         return dict(inputs.to(self.model.device))

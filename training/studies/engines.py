@@ -150,11 +150,12 @@ class TorchRunner(Runner):
         return seconds, self.description
 
     def ask_again(self, images: list[Image.Image], edge: int, questions: list[str]) -> list[float]:
-        """Seconds of the questions about an image after the first, whose tiles stay encoded."""
+        """Seconds of the questions about an image after the first; it stays scaled, and its tiles stay encoded."""
         cache, spent = VisualCache(), []
+        opened = [self.processor.open(image, **self.cutting(images, edge)) for image in images]
         for question in (QUESTION, *questions):
             began = now(CPU)
-            self.generate(self.process(images, edge, question) | {"visual_cache": cache})
+            self.generate(self.prepare(opened, question) | {"visual_cache": cache})
             spent.append(now(CPU) - began)
         return spent[1:]
 
