@@ -1,4 +1,4 @@
-.PHONY: help install environments engines upstream vllm ray demo test slow quality style clean
+.PHONY: help install environments engines llama upstream vllm ray demo test slow quality style clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -47,6 +47,27 @@ outputs/engine_files/%/done: .venv-engines/installed
 	$(EXPORT) --format idefics3 --output_dir $(@D)/plain
 	$(OPENVINO) --weight-format fp32 $(@D)/openvino-fp32
 	$(OPENVINO) --weight-format int8 $(@D)/openvino-int8
+	touch $@
+
+llama: outputs/engine_files/256m/llama/done outputs/engine_files/500m/llama/done  ## add llama.cpp to the other engines (needs a C++ compiler; 20 minutes)
+
+# Compiled for the processor of this machine; its archive brings the converter of checkpoints, too.
+LLAMA := 0.3.36
+.llama/installed: .venv-engines/installed
+	rm -rf .llama
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: llama-cpp-python==$(LLAMA) --dest .llama
+	tar -xzf .llama/llama_cpp_python-$(LLAMA).tar.gz -C .llama --strip-components 3 \
+	    $(addprefix llama_cpp_python-$(LLAMA)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-engines/bin/python -m pip install --quiet --no-binary llama-cpp-python \
+	    llama-cpp-python==$(LLAMA) sentencepiece
+	touch $@
+
+GGUF = .venv-engines/bin/python .llama/convert_hf_to_gguf.py $(@D)/../plain --outtype q8_0
+
+outputs/engine_files/%/llama/done: .llama/installed outputs/engine_files/%/done
+	rm -rf $(@D) && mkdir $(@D)
+	$(GGUF) --outfile $(@D)/model.gguf
+	$(GGUF) --mmproj --outfile $(@D)/mmproj.gguf
 	touch $@
 
 upstream: .upstream/fetched  ## fetch transformers' own tests, which tests/upstream runs on our classes

@@ -1,12 +1,13 @@
 """What would a user run instead on a CPU? Seconds of other engines, and of the thumbnail alone, beside ours.
 
-    make engines
+    make engines llama
     python training/studies/engines.py --architectures 256m --output_dir outputs/engines
 
 Random weights of the published architectures, the images of their processors (2048 px), one run in which all systems
-take turns image by image: torch in this process, ONNX Runtime and OpenVINO each in one of its own, with as many
-threads. `make engines` sets up their environment and files. An engine that is missing is skipped, and its rows
-say why. Writes `speed_engines_cpu.json`, and prints a table and draws a plot per architecture.
+take turns image by image: torch in this process, ONNX Runtime, OpenVINO and llama.cpp each in one of its own, with as
+many threads. `make engines` sets up their environment and files, and `make llama` compiles llama.cpp. An engine that
+is missing is skipped, and its rows say why. Writes `speed_engines_cpu.json`, and prints a table and draws a plot per
+architecture.
 
 Further questions about an image are timed for our systems, which reuse its encoded tiles (`VisualCache` in torch).
 """
@@ -63,6 +64,7 @@ class Engine:
         arguments: command line of the worker between that folder and the number of threads.
         systems: systems that it runs.
         apart: whether it needs the environment of `make engines`.
+        target: what sets it up.
     """
 
     worker: str
@@ -70,6 +72,7 @@ class Engine:
     arguments: tuple[str, ...] = ()
     systems: tuple[str, ...] = ("dense", "dense-global-only")
     apart: bool = True
+    target: str = "make engines"
 
 
 ENGINES = {
@@ -85,6 +88,7 @@ ENGINES = {
     },
     "openvino-float32": Engine("training.engines.openvino_worker", "openvino-fp32"),
     "openvino-int8": Engine("training.engines.openvino_worker", "openvino-int8"),
+    "llama.cpp-q8_0": Engine("training.engines.llama_worker", "llama", target="make llama"),
 }
 
 
@@ -223,7 +227,7 @@ def start(run: EnginesArguments, architecture: str, name: str) -> Worker:
     python = run.engine_python if engine.apart else sys.executable
     for missing, path in (("environment", Path(python)), ("files", files)):
         if not path.exists():
-            raise EngineError(f"no {missing}: run make engines")
+            raise EngineError(f"no {missing}: run {engine.target}")
     arguments = [str(files.resolve()), *engine.arguments, str(torch.get_num_threads())]
     log = output / f"{name}-{architecture}.log"
     return Worker(engine.worker, arguments, python, log, (files.resolve(),))

@@ -28,7 +28,7 @@ serve(load)
 BESIDE = {
     "made-up-int4": Engine("made_up", "made-up", systems=("dense", "qgsa"), apart=False),
     "fails-int8": Engine("missing", "made-up", systems=("dense",), apart=False),
-    "absent-int8": Engine("made_up", "nothing", systems=("qgsa",), apart=False),
+    "absent-int8": Engine("made_up", "nothing", systems=("qgsa",), apart=False, target="make it"),
     "apart-float32": Engine("made_up", "made-up", systems=("dense",)),
 }
 
@@ -71,7 +71,7 @@ def test_all_engines_take_turns_and_missing_ones_say_why(given):
     assert ours["seconds_later"] == 2.25  # of two questions after the first
     reasons = [row["skipped"] for row in skipped]
     assert "No module named missing" in reasons[0]
-    assert reasons[1:] == ["no files: run make engines", "no environment: run make engines"]
+    assert reasons[1:] == ["no files: run make it", "no environment: run make engines"]
     table = format_engines(rows, "tiny").splitlines()
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
     assert "| dense | made-up 1 | int4 | – | 0.50 | – | – | 2.00 [2.00, 2.00] |" in table[4]
