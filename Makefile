@@ -16,7 +16,7 @@ install: .venv/installed  ## set up .venv with the tested versions (about 6 GB, 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
 
-environments: .venv-4.57.6/installed .venv-5.4.0/installed  ## set up the other transformers versions of the tests
+environments: .venv-4.57.6/installed .venv-5.4.0/installed .venv-5.23.0/installed  ## set up the other transformers versions of the tests
 
 # Everything except transformers and its pinned requirements comes from .venv.
 .venv-%/installed: .venv/installed

@@ -41,6 +41,7 @@ from transformers import AttentionInterface
 
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration
 from modeling_qgsa.attention_qgsa import row_attention
+from modeling_qgsa.compat_qgsa import CACHE
 from modeling_qgsa.pointer_qgsa import attention_layers
 from modeling_qgsa.vision_qgsa import patch_numbers
 
@@ -213,7 +214,7 @@ class Decoder(nn.Module):
         mask = causal_mask(attention_mask, hidden.shape[1])
         rotary = self.text_model.rotary_emb(hidden, position_ids)
         for layer in self.text_model.layers:
-            hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=mask, **{CACHE: cache}, position_embeddings=rotary)
         return self.lm_head(self.text_model.norm(hidden)), *cache.present
 
 

@@ -1,4 +1,4 @@
-"""Differences between transformers 4.57 and 5. Everything else in this folder is written for 5."""
+"""Differences between transformers 4.57 and 5, and between versions of 5. All else here is written for the latest."""
 
 import copy
 import types
@@ -13,11 +13,14 @@ from torch import nn
 from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 
 TRANSFORMERS_V4 = transformers.__version__.startswith("4.")
+# Since 5.24 the cache has another name among arguments and outputs, and outputs hold those of the encoder.
+CACHE = "cache" if "cache" in signature(transformers.SmolVLMModel.forward).parameters else "past_key_values"
 
 
 def strict_v4(config_class):
@@ -121,7 +124,7 @@ def causal_mask(
         "config": text_model.config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     if TRANSFORMERS_V4:
@@ -147,6 +150,29 @@ def bidirectional_mask(config, inputs_embeds: torch.Tensor, attention_mask: torc
     arguments["past_key_values"] = None
     arguments["or_mask_function"] = lambda sample, head, query, key: key >= 0  # what comes later is seen, too
     return create_causal_mask(**arguments)
+
+
+def take_cache(arguments: dict[str, Any]):
+    """The cache among the arguments of `forward` or `generate`, from which it is taken out, or None.
+
+    Raises ValueError if it has both of its names, `past_key_values` and `cache`.
+    """
+    found = [arguments.pop(name, None) for name in ("past_key_values", "cache")]
+    if None not in found:
+        raise ValueError("past_key_values and cache are names of the same argument: give one of them")
+    return next((cache for cache in found if cache is not None), None)
+
+
+def features_field(features: torch.Tensor) -> dict[str, Any]:
+    """The field of an output of SmolVLM that holds the features of tiles, `(n, P, D)`."""
+    if CACHE == "cache":
+        return {"image_outputs": BaseModelOutputWithPooling(pooler_output=features)}
+    return {"image_hidden_states": features}
+
+
+def features_in(outputs) -> torch.Tensor:
+    """The features of tiles in an output, see `features_field`."""
+    return outputs.image_outputs.pooler_output if CACHE == "cache" else outputs.image_hidden_states
 
 
 def is_checkpointing(model) -> bool:

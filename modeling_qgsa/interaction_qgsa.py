@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from .attention_qgsa import check_reads_4d_masks, project_heads
-from .compat_qgsa import causal_mask, is_checkpointing
+from .compat_qgsa import CACHE, causal_mask, is_checkpointing
 from .layered_cache_qgsa import (
     Held,
     Seen,
@@ -240,7 +240,7 @@ def run_layers(
         reader.known[view] = options
     for number in layers:
         hidden = look(reader, number, stream, hidden, view, visual)
-        hidden = text_model.layers[number](hidden, past_key_values=cache, **reader.known[view])
+        hidden = text_model.layers[number](hidden, **{CACHE: cache}, **reader.known[view])
     return hidden
 
 
@@ -265,7 +265,7 @@ def run_cross_layers(
         keys = project_heads(layer.self_attn, layer.self_attn.k_proj, normed, places)
         values = project_heads(layer.self_attn, layer.self_attn.v_proj, normed)
         holding.update(keys, values, number)
-        hidden = layer(hidden, past_key_values=holding, **options)
+        hidden = layer(hidden, **{CACHE: holding}, **options)
     return hidden
 
 

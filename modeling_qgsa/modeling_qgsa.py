@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .attention_qgsa import check_attention
 from .cache_qgsa import Past, drop_seen, is_spliced
 from .calibration_qgsa import calibrate_pointer
-from .compat_qgsa import advance_positions, continued_inputs, use_v5_patch_positions
+from .compat_qgsa import CACHE, advance_positions, continued_inputs, take_cache, use_v5_patch_positions
 from .configuration_qgsa import QGSAConfig
 from .conversion_qgsa import config_of_dense, copy_dense_weights, load_dense
 from .count_qgsa import ExactCount as ExactCount  # older transformers copy what is imported here
@@ -201,11 +201,11 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
             inputs: of the stock model; with an `interaction`, those of a [`Prefill`].
         """
         if interaction is None and held_by(cache) is None:
-            return super().forward(**inputs, past_key_values=cache, **options)
+            return super().forward(**inputs, **{CACHE: cache}, **options)
         if inputs["inputs_embeds"] is None:
             inputs = {**inputs, "inputs_embeds": self.get_input_embeddings()(inputs["input_ids"])}
         hidden, cache = read_layers(self.text_model, inputs, cache, interaction, options, self.vision_blocks)
-        return SmolVLMBaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return SmolVLMBaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 
     @can_return_tuple
     def forward(
@@ -218,24 +218,25 @@ class QGSASmolVLMModel(QGSAPreTrainedModel, SmolVLMModel):
         pixel_values=None,
         pixel_attention_mask=None,
         interaction: Interaction | None = None,
+        cache=None,
         **kwargs: Unpack[BaseModelKwargs],
     ) -> QGSABaseModelOutputWithPast:
         """As [`QGSASmolVLMForConditionalGeneration.forward`]; `labels` only hide positions from the selector."""
         text = (input_ids, attention_mask, position_ids, inputs_embeds)
+        cache = take_cache({"past_key_values": past_key_values, "cache": cache})
         rest: dict[str, Any] = {**kwargs, **dict(zip(STOCK_NAMES, (*text, pixel_values, pixel_attention_mask)))}
-        request = Request.take(self.config, rest, past_key_values)
+        request = Request.take(self.config, rest, cache)
         if request.selects:
             relaxes = self.training and request.trains_pointer
             prefill = self.prefill(request, Relaxation.of(request, self.config.keep_tile_markers) if relaxes else None)
-            outputs = self.read(prefill.text_inputs, past_key_values, prefill.interaction, rest)
-            request.past.note(outputs.past_key_values, prefill)
+            outputs = self.read(prefill.text_inputs, cache, prefill.interaction, rest)
+            request.past.note(outputs.get(CACHE), prefill)
             outputs = QGSABaseModelOutputWithPast.of(outputs, prefill)
         else:
             stock = embed_dense(self, request.stock) if self.is_tuned and request.shows_images else request.stock
-            if is_spliced(past_key_values):
-                past = Past.of(past_key_values, inputs_embeds if input_ids is None else input_ids)
-                stock = past.continue_text(stock)
-            outputs = QGSABaseModelOutputWithPast(**self.read(stock, past_key_values, interaction, rest))
+            if is_spliced(cache):
+                stock = Past.of(cache, inputs_embeds if input_ids is None else input_ids).continue_text(stock)
+            outputs = QGSABaseModelOutputWithPast(**self.read(stock, cache, interaction, rest))
         if self.training and torch.is_grad_enabled():  # DDP waits for a gradient of every trained weight
             hidden = outputs["last_hidden_state"]
             zero = pointer_zero(make_pointer(self), hidden, self.config) + blocks_zero(self.vision_blocks, hidden)
@@ -308,6 +309,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         prune_layer: int | None = None,
         vision_budget: float | str | list[str] | None = None,
         interaction: Interaction | None = None,
+        cache=None,
         **kwargs: Unpack[ForwardKwargs],
     ) -> QGSACausalLMOutputWithPast:
         """SmolVLM's forward pass over the visual tokens that the question selects.
@@ -326,8 +328,8 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             image_hidden_states: `(T, P, D)`, the features of all tiles of the batch in prompt order, instead of
                 `pixel_values`; not for "dense".
             mm_encoder_outputs: the same as an output of `get_image_features`, `{"image": output}`, for every variant.
-            past_key_values: a cache that may hold the conversation so far, with or without a selection. `input_ids`
-                are then its new positions, and `attention_mask`, if given, covers all of it.
+            past_key_values, cache (since transformers 5.24): may hold the conversation so far, with or without a
+                selection. `input_ids` are then its new positions, and `attention_mask`, if given, covers all of it.
             lazy_tiles: returned by the processor with `lazy_tiles=True` next to the pixels of the global views; the
                 other tiles are cut when they are looked at.
             visual_cache: a [`VisualCache`] in which tiles are looked up and new ones are stored; inference only.
@@ -339,8 +341,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             interaction: what `generate` hands on of both to its first step.
             selection, pointer, positions, positions_per_image, min_visual_tokens, max_visual_tokens, min_tiles,
                 max_tiles: override the config.
-            max_image_tokens: most visual tokens per image, and tiles in proportion; one number in place of the four
-                limits.
+            max_image_tokens: most visual tokens per image, tiles in proportion; in place of the four limits.
 
         Raises ValueError if prompt, pixels, scores or budgets do not fit together, naming both numbers.
         """
@@ -348,7 +349,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            take_cache({"past_key_values": past_key_values, "cache": cache}),
             inputs_embeds,
             pixel_values,
             pixel_attention_mask,
@@ -438,7 +439,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         """
         ids = inputs if input_ids is None else input_ids
         kwargs |= {"input_ids": ids, "labels": None}  # as stock: no labels
-        cache = kwargs.get("past_key_values")
+        kwargs[CACHE] = cache = take_cache(kwargs)
         past = Past.of(cache, kwargs.get("inputs_embeds") if ids is None else ids)
         options = drop_seen(kwargs, past, self.config) if past.slots else dict(kwargs)
         request = Request.take(self.config, options, cache)
@@ -460,16 +461,16 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         Args:
             prefill: a selection from a prompt.
             input_ids: `(B, length)` int64, the whole conversation, with that prompt at its end.
-            past: the conversation behind `past_key_values`.
+            past: the conversation behind the cache.
             options: of `generate`, without inputs.
         """
-        cache = options.get("past_key_values")
+        cache = options.get(CACHE)
         options |= continued_inputs(prefill.text_inputs, cache)
         if prefill.interaction is not None:
             options["interaction"] = prefill.interaction
         output = super().generate(input_ids, **options)  # type: ignore[misc]
         if isinstance(output, ModelOutput):
-            cache, output["selection"] = output.get("past_key_values"), prefill.selection
+            cache, output["selection"] = output.get(CACHE), prefill.selection
         past.note(cache, prefill)
         return output
 
@@ -478,7 +479,7 @@ class QGSASmolVLMForConditionalGeneration(QGSAPreTrainedModel, SmolVLMForConditi
         request = Request.take(self.config, options)
         stock = {name: value for name, value in request.stock.items() if value is not None}
         input_ids = stock.pop("input_ids", None)
-        continues = options.get("past_key_values") is not None or "inputs_embeds" in stock
+        continues = options.get(CACHE) is not None or "inputs_embeds" in stock
         if request.visual.missing and request.budget.selection != "dense" and not continues:
             check_no_placeholders(input_ids, self.config.image_token_id)
         return super().generate(input_ids, selection="dense", **stock, **options)  # type: ignore[misc]

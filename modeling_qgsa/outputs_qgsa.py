@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMBaseModelOutputWithPast, SmolVLMCausalLMOutputWithPast
 
+from .compat_qgsa import features_field
 from .interaction_qgsa import Interaction
 from .pointer_qgsa import Glance
 from .readout_qgsa import columns_of_positions, take_columns
@@ -15,9 +16,10 @@ from .selection_qgsa import QGSASelection
 class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
     """SmolVLM's output with the `selection` and the `glance` behind it (None if nothing was selected).
 
-    `image_hidden_states` are the features of the encoded tiles, `(n, P, D)`; with "blocks", 0 where no block was
-    chosen. Hidden states are those of the positions of the prompt, `(B, L, D)`; at a position that was not kept stand
-    those of the last kept one before it. `attentions` and `past_key_values` hold the kept positions alone.
+    `image_hidden_states` (since transformers 5.24 `image_outputs.pooler_output`) are the features of the encoded
+    tiles, `(n, P, D)`; with "blocks", 0 where no block was chosen. Hidden states are those of the positions of the
+    prompt, `(B, L, D)`; at a position that was not kept stand those of the last kept one before it. `attentions` and
+    the cache hold the kept positions alone.
     """
 
     selection: QGSASelection | None = None
@@ -30,7 +32,7 @@ class QGSABaseModelOutputWithPast(SmolVLMBaseModelOutputWithPast):
         columns = columns_of_positions(prefill.selection.keep_indices, prefill.length)
         made = {
             "last_hidden_state": take_columns(outputs.last_hidden_state, columns),
-            "image_hidden_states": prefill.features,
+            **features_field(prefill.features),
             "selection": prefill.selection,
             "glance": prefill.glance,
         }

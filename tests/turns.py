@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from modeling_qgsa.compat_qgsa import CACHE
+
 
 @torch.no_grad()
 def check_turns_of_text(model, single, tokenizer, **options):
@@ -14,7 +16,7 @@ def check_turns_of_text(model, single, tokenizer, **options):
     question = torch.cat([single["question_mask"], torch.zeros_like(more)], 1)
     inputs = single | {"input_ids": whole, "attention_mask": torch.ones_like(whole), "question_mask": question}
     together = model(**inputs, **options).logits[:, -more.shape[1] :]
-    cache = model(**single, **options).past_key_values
+    cache = model(**single, **options)[CACHE]
     later = model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
     assert torch.allclose(later, together, atol=1e-4)
     expected = model.generate(**inputs, **options, max_new_tokens=4)

@@ -81,7 +81,8 @@ def chat_of(model, processor, inputs) -> list:
     )
     outputs = model(**inputs, use_cache=True)
     token, length = outputs.logits[:, -1:].argmax(-1), inputs["input_ids"].shape[1] + 1
-    outputs = model(input_ids=token, attention_mask=mask[:, :length], past_key_values=outputs.past_key_values)
+    name = "cache" if "cache" in outputs else "past_key_values"  # since 5.24, and before
+    outputs = model(input_ids=token, attention_mask=mask[:, :length], **{name: outputs[name]})
     return [second.tolist(), outputs.logits[:, -1].argmax(-1).tolist()]
 
 

@@ -18,7 +18,7 @@ from training.data.cards import Cards
 
 ROOT = Path(__file__).parents[2]
 ANSWER = ROOT / "tests" / "compat" / "answer.py"
-OTHERS = ("4.57.6", "5.4.0")
+OTHERS = ("4.57.6", "5.4.0", "5.23.0")
 TINY = ROOT / "hub_cards" / "tiny-qgsa"
 
 

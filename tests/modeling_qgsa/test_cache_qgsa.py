@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_qgsa.cache_qgsa import Past
+from modeling_qgsa.compat_qgsa import CACHE
 
 
 NEW = 5
@@ -54,7 +55,7 @@ def test_a_foreign_loop_on_the_cache_of_forward(variant, mask, model, single):
             token = outputs.logits[:, -1:].argmax(-1)
             ids, attention = torch.cat([ids, token], 1), torch.cat([attention, token * 0 + 1], 1)
             given = {"attention_mask": attention} if mask == "whole" else {}
-            outputs = model(input_ids=token, past_key_values=outputs.past_key_values, **given)
+            outputs = model(input_ids=token, past_key_values=outputs[CACHE], **given)
     assert torch.equal(ids, expected)
 
 
@@ -64,7 +65,7 @@ def test_logits_of_a_foreign_loop_over_a_padded_batch(variant, model, batch):
     longer = append(batch, token)
     with torch.no_grad():
         expected = model(**longer, selection=variant).logits[:, -1]
-        cache = model(**batch, use_cache=True, selection=variant).past_key_values
+        cache = model(**batch, use_cache=True, selection=variant)[CACHE]
         found = model(input_ids=token, attention_mask=longer["attention_mask"], past_key_values=cache).logits[:, -1]
     assert torch.allclose(found, expected, atol=1e-4)
 
@@ -157,7 +158,7 @@ def test_a_system_turn_is_read_once_for_many_questions(model, processor, make_im
         if cache is None:
             end = int((inputs["input_ids"][0] == model.config.end_of_utterance_token_id).nonzero()[0]) + 1
             with torch.no_grad():
-                cache = model(input_ids=inputs["input_ids"][:, :end], use_cache=True).past_key_values
+                cache = model(input_ids=inputs["input_ids"][:, :end], use_cache=True)[CACHE]
         expected = model.generate(**inputs, **WITH_LOGITS)
         found = model.generate(**inputs, **WITH_LOGITS, past_key_values=copy.deepcopy(cache))
         assert torch.equal(found.sequences, expected.sequences)
@@ -170,7 +171,7 @@ def test_a_forward_pass_over_a_second_image(model, processor, make_image):
     inputs = dict(processor(text="User:<image>where?<end_of_utterance>", images=make_image(1), return_tensors="pt"))
     again = dict(processor(text="User:<image>what?<end_of_utterance>", images=make_image(2), return_tensors="pt"))
     with torch.no_grad():
-        cache = model(**inputs, **FIXED).past_key_values
+        cache = model(**inputs, **FIXED)[CACHE]
         mask = torch.cat([inputs["attention_mask"], again["attention_mask"]], 1)
         chosen = [model(**each, **FIXED).selection.kept_tokens.float() for each in (inputs, again)]
         found = model(**{**again, "attention_mask": mask}, **FIXED, past_key_values=cache)
@@ -198,7 +199,7 @@ def test_dense_chats_are_those_of_the_stock_model(make_dense, model, batch, stoc
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_several_rows_of_one_sample_go_on(options, model, single, more):
     outputs = model.generate(**single, max_new_tokens=NEW, return_dict_in_generate=True, **options)
-    cache, ids = outputs.past_key_values, outputs.sequences
+    cache, ids = outputs[CACHE], outputs.sequences
     if len(ids) != cache.layers[0].keys.shape[0]:
         ids = ids.expand(cache.layers[0].keys.shape[0], -1)
     token = ids[:, -1:]
@@ -213,10 +214,29 @@ def test_several_rows_of_one_sample_go_on(options, model, single, more):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_of_a_cache_go_on_too(how, model, single, more):
     with torch.no_grad():
-        cache = model(**single, use_cache=True).past_key_values
+        cache = model(**single, use_cache=True)[CACHE]
         twin = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
         expected = model(input_ids=more, past_key_values=cache).logits
         assert torch.equal(model(input_ids=more, past_key_values=twin).logits, expected)
+
+
+def test_the_cache_goes_by_both_of_its_names(model, single, more):
+    """Whatever the version of transformers calls it."""
+    conversation = append(single, more)
+    with torch.no_grad():
+        filled = model(**single, use_cache=True)[CACHE]
+        caches = [{name: copy.deepcopy(filled)} for name in ("past_key_values", "cache")]
+        one, other = (model(input_ids=more, **cache).logits for cache in caches)
+        assert torch.equal(one, other)
+        base = model.model(input_ids=more, cache=copy.deepcopy(filled)).last_hidden_state
+        assert torch.equal(model.lm_head(base), one)
+        with pytest.raises(ValueError, match="past_key_values and cache are names of the same argument"):
+            model(input_ids=more, past_key_values=filled, cache=filled)
+    caches = [{name: copy.deepcopy(filled)} for name in ("past_key_values", "cache")]
+    one, other = (model.generate(**without_images(conversation), max_new_tokens=NEW, **cache) for cache in caches)
+    assert torch.equal(one, other) and torch.equal(one, model.generate(**conversation, max_new_tokens=NEW))
+    with pytest.raises(ValueError, match="past_key_values and cache are names of the same argument"):
+        model.generate(**single, past_key_values=filled, cache=filled)
 
 
 def test_a_static_cache(model, single, more):
@@ -250,7 +270,7 @@ def test_a_cache_that_was_reset_is_new(model, single):
 @pytest.fixture
 def cache(model, single):
     with torch.no_grad():
-        return model(**single, use_cache=True).past_key_values
+        return model(**single, use_cache=True)[CACHE]
 
 
 def test_a_mask_of_another_length_is_named(model, single, cache, more):
@@ -276,7 +296,7 @@ def test_a_cache_cropped_behind_its_prompt_goes_on(model, single, cache, more):
 
 def test_another_batch_is_refused(model, batch, more):
     with torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="belongs to 3 samples, but there are 2 inputs"):
         model(input_ids=more.expand(2, -1), past_key_values=cache)
 

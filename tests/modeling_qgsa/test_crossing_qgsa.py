@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from turns import check_turns_of_text
 
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration
+from modeling_qgsa.compat_qgsa import CACHE
 from modeling_qgsa.crossing_qgsa import VisionBlock, convolve, places_apart
 from modeling_qgsa.interaction_qgsa import Interaction, read_layers
 from modeling_qgsa.schedule_qgsa import cross_share, vision_share
@@ -241,7 +242,7 @@ def test_a_second_image_equals_the_whole_prompt_and_does_not_change_what_came_be
 def test_a_cropped_cache_still_sees_the_images(deep, single, tokenizer):
     more = tokenizer(" two and where?", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        cache = deep(**single, **WHOLE, vision_budget="FCTC").past_key_values
+        cache = deep(**single, **WHOLE, vision_budget="FCTC")[CACHE]
         expected = deep(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
         deep(input_ids=more.flip(1), past_key_values=cache)
         for layer in cache.layers:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from modeling_qgsa.compat_qgsa import CACHE
+
 
 NEW = 5
 KINDS = ("stock", "dense", "before_encoder", "blocks", "after_encoder")
@@ -76,7 +78,7 @@ def test_outputs_as_a_dictionary(way, subject, inputs, kept):
             queries = kept if step == 0 else 1
             expected = (rows, queries, last) if last else (rows, 4, queries, kept + step)
             assert all(tuple(layer.shape) == expected for layer in layers)
-    assert output.past_key_values.get_seq_length() == kept + NEW - 1
+    assert output[CACHE].get_seq_length() == kept + NEW - 1
 
 
 def test_transition_scores(subject, inputs):
@@ -91,7 +93,7 @@ def test_transition_scores(subject, inputs):
 def test_an_answer_goes_on_from_its_cache(subject, asked):
     expected = subject.generate(**asked, max_new_tokens=2 * NEW)
     first = subject.generate(**asked, max_new_tokens=NEW, return_dict_in_generate=True)
-    rest = {"attention_mask": torch.ones_like(first.sequences), "past_key_values": first.past_key_values}
+    rest = {"attention_mask": torch.ones_like(first.sequences), "past_key_values": first[CACHE]}
     assert torch.equal(subject.generate(first.sequences, **rest, max_new_tokens=NEW), expected)
 
 
@@ -99,7 +101,7 @@ def test_an_answer_of_a_batch_goes_on_from_its_cache(subject, inputs):
     expected = subject.generate(**inputs, max_new_tokens=2 * NEW)
     first = subject.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
     attention_mask = torch.cat([inputs["attention_mask"], torch.ones_like(first.sequences[:, -NEW:])], 1)
-    rest = {"attention_mask": attention_mask, "past_key_values": first.past_key_values}
+    rest = {"attention_mask": attention_mask, "past_key_values": first[CACHE]}
     assert torch.equal(subject.generate(first.sequences, **rest, max_new_tokens=NEW), expected)
 
 

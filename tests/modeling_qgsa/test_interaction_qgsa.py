@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from turns import check_turns_of_text
 
 from modeling_qgsa import QGSAConfig
+from modeling_qgsa.compat_qgsa import CACHE
 from modeling_qgsa.layout_qgsa import VisualLayout
 from modeling_qgsa.request_qgsa import Request
 from modeling_qgsa.schedule_qgsa import cross_share, schedule_of, shortlist
@@ -203,8 +204,8 @@ def test_a_copied_cache_goes_on(deep, single):
     output = deep.generate(**single, **options)
     token = output.sequences[:, -1:]
     with torch.no_grad():
-        one = deep(input_ids=token, past_key_values=copy.deepcopy(output.past_key_values)).logits
-        other = deep(input_ids=token, past_key_values=output.past_key_values).logits
+        one = deep(input_ids=token, past_key_values=copy.deepcopy(output[CACHE])).logits
+        other = deep(input_ids=token, past_key_values=output[CACHE]).logits
     assert torch.equal(one, other)
 
 
@@ -240,7 +241,7 @@ def test_caches_that_do_not_fit_are_refused(deep, single):
         cache = StaticCache(config=deep.config.text_config, max_cache_len=600)
         deep(**single, **options, past_key_values=cache)
     with torch.no_grad():
-        cache = deep(**single, **options).past_key_values
+        cache = deep(**single, **options)[CACHE]
         more = {"input_ids": single["input_ids"][:, -4:]}
         expected = deep(**more, past_key_values=copy.deepcopy(cache)).logits
         deep(**more, past_key_values=cache)
@@ -314,7 +315,7 @@ def test_a_schedule_needs_no_cache(deep, batch, schedule):
 def test_layers_hold_what_they_see(deep, single):
     options = {**WHOLE, **EVERYTHING, "vision_budget": "FCTT"}
     with torch.no_grad():
-        cache = deep(**single, **options).past_key_values
+        cache = deep(**single, **options)[CACHE]
     length, visual = single["input_ids"].shape[1], 17 * 16
     assert [layer.get_seq_length() for layer in cache.layers] == [length, length, length - visual, length - visual]
 
@@ -346,7 +347,7 @@ def test_schedules_go_with_pruning(deep, batch, scores):
     options = {**WHOLE, **KEPT, "visual_token_scores": scores, "prune_layer": 2}
     expected = deep.generate(**batch, **options, max_new_tokens=4)
     assert torch.equal(deep.generate(**batch, **options, vision_budget="FFFF", max_new_tokens=4), expected)
-    cache = deep(**batch, **options, vision_budget="FCFC").past_key_values
+    cache = deep(**batch, **options, vision_budget="FCFC")[CACHE]
     assert cache.get_seq_length(2) < cache.get_seq_length(0)
 
 
@@ -365,7 +366,7 @@ def test_turns_on_a_scheduled_cache(deep, single, tokenizer, schedule):
 def test_another_schedule_on_a_filled_cache_is_refused(deep, prepare, make_image):
     first, second = (prepare(("what is it?", [make_image(seed, 128, 64)])) for seed in (0, 1))
     with torch.no_grad():
-        cache = deep(**first, vision_budget="FFCC").past_key_values
+        cache = deep(**first, vision_budget="FFCC")[CACHE]
         del second["attention_mask"]
         with pytest.raises(ValueError, match="past_key_values was filled with others"):
             deep(**second, past_key_values=cache, vision_budget="FCCC")

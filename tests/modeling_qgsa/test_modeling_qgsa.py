@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SmolVLMForConditionalGen
 
 import modeling_qgsa.relaxation_qgsa as relaxation
 from modeling_qgsa import QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
+from modeling_qgsa.compat_qgsa import features_in
 from modeling_qgsa.prompt_qgsa import NO_QUESTION, logger
 from training.data.collator import QuestionCollator
 
@@ -184,7 +185,7 @@ def test_features_of_a_tile_do_not_depend_on_which_others_are_encoded(model, bat
         every = model(**batch, selection="after_encoder")
     rows = few.selection.kept_tiles[every.selection.kept_tiles]
     assert 0 < rows.sum() < len(rows)
-    assert torch.allclose(few.image_hidden_states, every.image_hidden_states[rows], atol=1e-5)
+    assert torch.allclose(features_in(few), features_in(every)[rows], atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["before_encoder", "after_encoder"])
@@ -715,7 +716,7 @@ def test_dense_selects_nothing(model, broken):
 @pytest.mark.parametrize("selection", ["before_encoder", "after_encoder"])
 def test_features_in_the_place_of_pixels_answer_alike(selection, model, batch, tiles_encoded):
     with torch.no_grad():
-        features = model(**batch, selection="after_encoder").image_hidden_states
+        features = features_in(model(**batch, selection="after_encoder"))
         expected = model(**batch, selection=selection)
         inputs = {name: value for name, value in batch.items() if not name.startswith("pixel")}
         with tiles_encoded(model) as counts:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_qgsa import policy_qgsa
+from modeling_qgsa.compat_qgsa import CACHE
 from modeling_qgsa.policy_qgsa import Observed, at, fit_estimator, observe_depth
 from modeling_qgsa.schedule_qgsa import parse_schedule, vision_share
 from modeling_qgsa.selector_qgsa import ComplexityEstimator
@@ -61,7 +62,7 @@ def test_a_mixed_batch_with_a_selection_and_pruning(deep, batch, samples, prepar
 
 def test_layers_hold_the_longest_of_their_samples(deep, batch):
     with torch.no_grad():
-        cache = deep(**batch, **WHOLE, complexity=torch.tensor([0.0, 0.0, 0.34])).past_key_values
+        cache = deep(**batch, **WHOLE, complexity=torch.tensor([0.0, 0.0, 0.34]))[CACHE]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     assert lengths[0] > 17 * 16 > lengths[1] > 9 * 16 > lengths[2] == lengths[3]  # CTTT, CTTT (17 tiles), FCTT (9)
 
@@ -70,7 +71,7 @@ def test_a_given_cache_is_filled(deep, batch):
     cache = DynamicCache(config=deep.config.text_config)
     with torch.no_grad():
         outputs = deep(**batch, **WHOLE, complexity=DEPTHS, past_key_values=cache)
-        assert outputs.past_key_values is cache
+        assert outputs[CACHE] is cache
         token = outputs.logits[:, -1:].argmax(-1)
         following = deep(input_ids=token, past_key_values=cache).logits
     expected = deep.generate(**batch, **WHOLE, complexity=DEPTHS, max_new_tokens=2)
@@ -87,11 +88,11 @@ def test_turns_of_a_mixed_batch(deep, prepare, make_image, tokenizer):
         outputs = deep(**together, **WHOLE, complexity=depths)
         more = {name: value.expand(2, *value.shape[1:]) for name, value in second.items() if name != "attention_mask"}
         mask = torch.cat([together["attention_mask"], torch.ones_like(more["input_ids"])], 1)
-        later = deep(**more, attention_mask=mask, **WHOLE, past_key_values=outputs.past_key_values).logits[:, -1]
-        word = deep(input_ids=later.argmax(-1)[:, None], past_key_values=outputs.past_key_values).logits[:, -1]
+        later = deep(**more, attention_mask=mask, **WHOLE, past_key_values=outputs[CACHE]).logits[:, -1]
+        word = deep(input_ids=later.argmax(-1)[:, None], past_key_values=outputs[CACHE]).logits[:, -1]
         for row, first in enumerate(firsts):
             kinds = chosen(float(depths[row]))
-            cache = deep(**prepare(first), **WHOLE, vision_budget=kinds).past_key_values
+            cache = deep(**prepare(first), **WHOLE, vision_budget=kinds)[CACHE]
             alone = {name: value for name, value in second.items() if name != "attention_mask"}
             expected = deep(**alone, **WHOLE, past_key_values=cache, vision_budget=kinds).logits[0, -1]
             assert torch.allclose(later[row], expected, atol=1e-5)
@@ -103,7 +104,7 @@ def test_other_schedules_on_a_mixed_cache_are_refused(deep, prepare, make_image)
     first, second = (prepare(*[("what is it?", [make_image(seed, 128, 64)])] * 2) for seed in (0, 1))
     del second["attention_mask"]
     with torch.no_grad():
-        cache = deep(**first, **WHOLE, complexity=torch.tensor([0.0, 1.0])).past_key_values
+        cache = deep(**first, **WHOLE, complexity=torch.tensor([0.0, 1.0]))[CACHE]
         with pytest.raises(ValueError, match="past_key_values was filled with others"):
             deep(**second, **WHOLE, past_key_values=cache, vision_budget="FCTT")
 

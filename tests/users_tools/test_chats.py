@@ -5,6 +5,8 @@ import torch
 from recording import assert_close
 from transformers import DynamicCache
 
+from modeling_qgsa.compat_qgsa import CACHE
+
 
 NEW = 4
 
@@ -41,9 +43,7 @@ def test_a_loop_on_the_cache_of_forward(mask, tool_model, asked_alone, tail_logi
         for step in range(1, NEW):
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
             given = {"attention_mask": attention_mask} if mask else {}
-            output = tool_model(
-                input_ids=ids[:, step - 1 : step], past_key_values=output.past_key_values, use_cache=True, **given
-            )
+            output = tool_model(input_ids=ids[:, step - 1 : step], use_cache=True, **given, **{CACHE: output[CACHE]})
             found.append(output.logits[:, -1])
     assert_close(torch.stack(found, 1), expected, atol=1e-3)
 
@@ -57,7 +57,7 @@ def test_a_loop_over_a_padded_batch(tool_model, asked, tail_logits):
             found.append(output.logits[:, -1])
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
             given = {"input_ids": ids[:, step - 1 : step], "attention_mask": attention_mask}
-            output = tool_model(**given, past_key_values=output.past_key_values, use_cache=True)
+            output = tool_model(**given, **{CACHE: output[CACHE]}, use_cache=True)
     assert_close(torch.stack(found, 1), expected, atol=1e-3)
 
 

@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
+from modeling_qgsa.compat_qgsa import features_in
 from modeling_qgsa.configuration_qgsa import Budget
 from modeling_qgsa.layout_qgsa import tile_relevance
 from modeling_qgsa.pointer_qgsa import PointedScores
@@ -102,7 +103,7 @@ class QGSATrainer(Trainer):
         outputs = model(**inputs, gumbel_temperature=self.temperature(), logits_to_keep=1)
         if outputs.glance is None:  # the batch has no images
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        glance, features = outputs.glance, outputs.image_hidden_states
+        glance, features = outputs.glance, features_in(outputs)
         prompt = Prompt.of(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
         losses = {"answer_loss": self.args.answer_weight * outputs.loss}
         losses |= self.teacher_losses(base, glance, features, prompt)

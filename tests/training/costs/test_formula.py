@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Idefics3Config
 
+from modeling_qgsa.compat_qgsa import CACHE
 from modeling_qgsa.conversion_qgsa import config_of_dense
 from modeling_qgsa.layered_cache_qgsa import held_by
 from modeling_qgsa.layout_qgsa import VisualLayout, covered_by
@@ -144,7 +145,7 @@ def test_schedules(make_model, inputs, letters, cross):
     difference = counted["total"] - counted["vision"] - without["total"] + without["vision"]
     assert difference == pytest.approx(expected["visual"], rel=1e-3, abs=1e4)
     with torch.no_grad():
-        cache = model(**inputs, **everything, vision_budget=letters).past_key_values
+        cache = model(**inputs, **everything, vision_budget=letters)[CACHE]
     seen = [] if held_by(cache) is None else held_by(cache).seen.values()
     held = sum(each.keys.nbytes + each.values.nbytes for each in [*cache.layers, *seen])
     assert cache_bytes(model.config, kinds, visual, words) == held

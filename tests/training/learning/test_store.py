@@ -6,6 +6,7 @@ import multiprocessing
 import pytest
 import torch
 
+from modeling_qgsa.compat_qgsa import features_in
 from training.data.cards import Cards
 from training.data.collator import QuestionCollator
 from training.learning.feature_cache import open_feature_cache, with_features
@@ -96,7 +97,7 @@ def inputs(processor, make_image):
 def test_features_are_encoded_once(model, processor, inputs, tiles_encoded, tmp_path):
     store = open_feature_cache(tmp_path, model, processor, 10**8)
     with torch.no_grad():
-        expected = model(**inputs, selection="after_encoder").image_hidden_states
+        expected = features_in(model(**inputs, selection="after_encoder"))
     with tiles_encoded(model) as counts:
         first, second = with_features(store, model, inputs), with_features(store, model, inputs)
         one = {name: value[1:] for name, value in inputs.items()}
