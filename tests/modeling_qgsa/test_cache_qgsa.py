@@ -187,11 +187,11 @@ def test_dense_chats_are_those_of_the_stock_model(make_dense, model, batch, stoc
     for each, options in ((dense, {}), (model, {"selection": "dense"})):
         cache = DynamicCache(config=model.config.text_config)
         inputs = stock_inputs(batch)
-        first = each.generate(**inputs, max_new_tokens=NEW, past_key_values=cache, **options)
+        first = each.generate(**inputs, max_new_tokens=NEW, **{CACHE: cache}, **options)
         ids = torch.cat([first, more.expand(3, -1)], 1)
         mask = torch.cat([inputs["attention_mask"], ids.new_ones(3, ids.shape[1] - inputs["input_ids"].shape[1])], 1)
         answers.append(
-            each.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, past_key_values=cache, **options)
+            each.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, **{CACHE: cache}, **options)
         )
     assert torch.equal(*answers)
 

@@ -93,7 +93,7 @@ def test_transition_scores(subject, inputs):
 def test_an_answer_goes_on_from_its_cache(subject, asked):
     expected = subject.generate(**asked, max_new_tokens=2 * NEW)
     first = subject.generate(**asked, max_new_tokens=NEW, return_dict_in_generate=True)
-    rest = {"attention_mask": torch.ones_like(first.sequences), "past_key_values": first[CACHE]}
+    rest = {"attention_mask": torch.ones_like(first.sequences), CACHE: first[CACHE]}
     assert torch.equal(subject.generate(first.sequences, **rest, max_new_tokens=NEW), expected)
 
 
@@ -101,7 +101,7 @@ def test_an_answer_of_a_batch_goes_on_from_its_cache(subject, inputs):
     expected = subject.generate(**inputs, max_new_tokens=2 * NEW)
     first = subject.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
     attention_mask = torch.cat([inputs["attention_mask"], torch.ones_like(first.sequences[:, -NEW:])], 1)
-    rest = {"attention_mask": attention_mask, "past_key_values": first[CACHE]}
+    rest = {"attention_mask": attention_mask, CACHE: first[CACHE]}
     assert torch.equal(subject.generate(first.sequences, **rest, max_new_tokens=NEW), expected)
 
 

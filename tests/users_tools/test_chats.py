@@ -120,7 +120,7 @@ def two_turns(tool_model, chat):
     """
     first = chat((FIRST, None))
     cache = DynamicCache(config=tool_model.config.text_config)
-    ids = tool_model.generate(**first, past_key_values=cache, max_new_tokens=NEW)
+    ids = tool_model.generate(**first, **{CACHE: cache}, max_new_tokens=NEW)
     second = chat((FIRST, "moon"), (SECOND, None))
     length = ids.shape[1]
     assert torch.equal(second["input_ids"][:, : length - 1], ids[:, : length - 1]), "the second turn extends the first"
@@ -131,7 +131,7 @@ def two_turns(tool_model, chat):
 def assert_same_answers(model, given, cache, expected):
     """The same ids on a cache as without one, and the same logits: ids alone may agree by chance."""
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": NEW}
-    found = model.generate(**given, past_key_values=cache, **options)
+    found = model.generate(**given, **{CACHE: cache}, **options)
     expected = model.generate(**expected, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-3)
@@ -149,7 +149,7 @@ def test_a_second_turn_by_hand(tool_model, two_turns, tail_logits):
     ids, mask = text["input_ids"], text["attention_mask"]
     fresh = ids.shape[1] - seen_positions(tool_model, two_turns)
     with torch.no_grad():
-        found = tool_model(input_ids=ids[:, -fresh:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        found = tool_model(input_ids=ids[:, -fresh:], attention_mask=mask, **{CACHE: cache}).logits[:, -1]
     assert_close(found, tail_logits(tool_model, expected), atol=1e-3)
 
 

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
+from modeling_qgsa.compat_qgsa import CACHE, features_field
 from training.data.collator import QuestionCollator
 
 
@@ -132,7 +133,8 @@ def test_metrics_see_prompt_positions(tool_model, tool_processor, questions, lab
 def test_predictions_of_batches_of_different_lengths_are_joined(tool_model, tool_processor, questions, tmp_path):
     """Prompts differ in length from batch to batch, kept positions too: padding joins them."""
     trainer = make_trainer(tool_model, tool_processor, questions, tmp_path, per_device_eval_batch_size=1)
-    output = trainer.predict(trainer.eval_dataset, ignore_keys=["past_key_values", "image_hidden_states", "selection"])
+    ignored = [CACHE, *features_field(torch.zeros(0)), "selection"]
+    output = trainer.predict(trainer.eval_dataset, ignore_keys=ignored)
     assert output.predictions.shape[:2] == output.label_ids.shape
     collate = QuestionCollator(tool_processor)
     for row, question in enumerate(questions):
