@@ -176,7 +176,7 @@ class TracedCache:
         self.past = past
         self.present: list[torch.Tensor] = []
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args) -> list[torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *args, **kwargs) -> list[torch.Tensor]:
         extended = [torch.cat(pair, dim=2) for pair in zip(self.past[2 * layer : 2 * layer + 2], (key, value))]
         self.present += extended
         return extended
