@@ -36,6 +36,7 @@ PUBLISHED = ROOT.parent / "shared" / "checkpoints" / "smolvlm-256m-instruct"
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 NEW, COUNT = 8, 40
 ROUNDING = 1e-3  # of a logit
+HALF = "\ufffd"  # half a character at the end of an answer, which vLLM holds back
 
 
 # What the plugin does with our model, without vLLM
@@ -157,9 +158,9 @@ def with_fields(folder: Path, **fields) -> Path:
 
 
 def loaded(folder: Path):
-    """A checkpoint, and our model and processor for it; vLLM runs it in float32, too."""
+    """A checkpoint, and our model and processor for it: in float32 and with the pixels of PIL, as in vLLM."""
     model = QGSASmolVLMForConditionalGeneration.from_pretrained(folder, dtype="float32")
-    return folder, model, QGSAProcessor.from_pretrained(folder)
+    return folder, model, QGSAProcessor.from_pretrained(folder, backend="pil")
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +296,7 @@ def test_vllm_answers_256_questions_as_generate_does(any_served):
     differing = []
     for card, answer in tqdm(list(zip(cards, found, strict=True)), desc="generate"):
         expected, gap = generated_with_gap(any_served, card["question"], [card["image"]])
-        if answer != expected:
+        if answer.rstrip(HALF) != expected.rstrip(HALF):
             differing.append((card["question"], answer, expected, gap))
     print(len(differing), "of 256 differ:", differing)
     assert all(gap < ROUNDING for *_, gap in differing), differing
