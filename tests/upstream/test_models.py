@@ -6,6 +6,7 @@ Exceptions, each with its reason at the test that stands in its place:
 - test_inputs_embeds and test_inputs_embeds_matches_input_ids, with a selection: embeddings beside images are refused,
   as layout and question are read from ids; the error names "dense", with which the second one runs.
 - test_retain_grad_hidden_states_attentions, with a budget: hidden states are copies at the positions of the prompt.
+- test_multimodal_outputs_are_returned, with a selection: features are in one tensor, a row per encoded tile.
 - test_attention_outputs, with a budget: attention is that among the kept positions.
 
 What is skipped is skipped on stock too, for the same reason: no accelerator, no flash attention, no such feature.
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from upstream_tests import load
 
 from modeling_qgsa import QGSAConfig, QGSASmolVLMForConditionalGeneration, QGSASmolVLMModel
+from modeling_qgsa.compat_qgsa import features_in
 from modeling_qgsa.compat_qgsa import initialization as init
 from modeling_qgsa.selector_qgsa import QuestionGuidedSelector
 
@@ -197,6 +199,16 @@ class WholeTest(DenseTest):
     def test_inputs_embeds_matches_input_ids(self):
         """Upstream's, as the error in test_inputs_embeds proposes."""
         super().test_inputs_embeds_matches_input_ids(selection="dense")
+
+    def test_multimodal_outputs_are_returned(self):
+        """Upstream expects features by sample; ours are in one tensor, a row per encoded tile."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.all_model_classes[1](copy.deepcopy(config)).eval()
+        with torch.no_grad():
+            outputs = model(**inputs)
+        encoded = self.model_tester.batch_size * (1 + config.max_tiles)  # the glance too
+        shape = (encoded, self.model_tester.tokens_per_tile, self.model_tester.hidden_size)
+        self.assertEqual(features_in(outputs).shape, shape)
 
     def assert_alike(self, one, two):
         if torch.is_tensor(one):
