@@ -93,6 +93,7 @@ TABLES = {
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
     "speed_engines_cpu": lambda rows: [format_engines(rows, "256m"), format_engines(rows, "500m")],
     "speed_engines_vnni_cpu": lambda rows: [format_engines(rows, "256m")],
+    "speed_engines_llama_cpu": lambda rows: [format_engines(rows, "256m")],
     "speed_engines_vnni_500m_cpu": lambda rows: [format_engines(rows, "500m")],
     "speed_growth_cpu": growth_tables,
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
