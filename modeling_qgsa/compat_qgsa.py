@@ -225,6 +225,23 @@ def image_processor_options(image_processor) -> set[str]:
     return set(known) | set(ImagesKwargs.__annotations__)
 
 
+def uses_torchvision(image_processor) -> bool:
+    """Whether an image processor resizes tensors with torchvision; the others resize with PIL."""
+    return image_processor.is_fast if TRANSFORMERS_V4 else image_processor.backend == "torchvision"
+
+
+def torchvision_pixels(image_processor, image) -> torch.Tensor:
+    """A PIL image as an image processor that uses torchvision resizes it, `(3, H, W)` uint8."""
+    return image_processor._process_image(image) if TRANSFORMERS_V4 else image_processor.process_image(image)
+
+
+def torchvision_resample(image_processor):
+    """The filter of an image processor that uses torchvision, as its methods for resizing take it."""
+    if not TRANSFORMERS_V4:
+        return image_processor.resample
+    return transformers.image_utils.pil_torch_interpolation_mapping[image_processor.resample]
+
+
 def tokenizer_options() -> set[str]:
     """Names of the options that a tokenizer accepts per call."""
     of_processors = {"return_mm_token_type_ids", "return_text_replacement_offsets"}

@@ -108,7 +108,7 @@ class QGSAProcessor(Idefics3Processor):
         image = to_rgb(load_images(image, image_processor.do_rescale))
         split = image_processor.do_image_splitting if do_image_splitting is None else do_image_splitting
         edge = (size or image_processor.size)["longest_edge"]
-        return LazyImage(image, edge, tile, split, image_processor.resample)
+        return LazyImage(image, image_processor, edge, split)
 
     def prepare_all(self, images, text, **kwargs) -> BatchFeature:
         """The stock processor's inputs. Raises ValueError if truncation cuts the prompt within an image."""
@@ -122,8 +122,8 @@ class QGSAProcessor(Idefics3Processor):
     def prepare_lazily(self, images, text, images_kwargs=None, text_kwargs=None, **kwargs) -> BatchFeature:
         """Inputs with the pixels of the global views only, and `lazy_tiles` that cut the other tiles on demand.
 
-        Pixels are those of the image processor's PIL backend, whichever backend it has. Among the options of the image
-        processor, `size` and `do_image_splitting` are supported; options of the tokenizer go there.
+        Among the options of the image processor, `size` and `do_image_splitting` are supported; options of the
+        tokenizer go there.
 
         Args:
             images: the images of each sample, a list of lists.
@@ -203,7 +203,7 @@ class QGSAProcessor(Idefics3Processor):
             raise ValueError(f"index ({index!r}) must be below the number of images in the selection ({len(grids)})")
         if image is None or isinstance(image, list | tuple):
             raise TypeError(f"image ({type(image).__name__}) must be the single image with that index")
-        image = image.image if isinstance(image, LazyImage) else to_rgb(load_images(image))
+        image = image.to_pil() if isinstance(image, LazyImage) else to_rgb(load_images(image))
         check_grid(*grids[index].tolist(), *image.size)
         tiles, glance, encoded = kept_maps(selection, index, self.image_seq_len)
         colour = np.asarray(image)

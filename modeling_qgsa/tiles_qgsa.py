@@ -10,42 +10,37 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_transforms import normalize, rescale
+from transformers.image_utils import SizeDict
+
+from .compat_qgsa import torchvision_pixels, torchvision_resample, uses_torchvision
 
 
 MAX_SIDE = 4096  # px; the largest side that the stock image processor scales to
 
 
 class LazyImage:
-    """An image scaled as by the stock image processor, and cut one tile at a time.
+    """An image scaled as by the stock image processor, in its backend, and cut one tile at a time.
 
     Args:
         image: PIL, RGB.
+        image_processor: cuts `max_image_size["longest_edge"]` px wide and high tiles, and resizes with `resample`.
         longest_edge: target size of the longer side in px, `size["longest_edge"]` of the image processor.
-        tile: tile size in px, `max_image_size["longest_edge"]`.
         split: whether there are tiles in addition to the global view.
-        resample: filter for all resizing.
     """
 
-    def __init__(self, image: Image.Image, longest_edge: int, tile: int, split: bool, resample: int):
-        self.resample, self.tile = resample, tile
-        image = image.resize(scaled_size(*image.size, longest_edge), resample)
-        if split:
-            image = image.resize(size_in_tiles(*image.size, tile), resample)
-        columns, rows = (side // tile for side in image.size)
-        self.image = image
+    def __init__(self, image: Image.Image, image_processor, longest_edge: int, split: bool):
+        self.tile = image_processor.max_image_size["longest_edge"]
+        scale = scale_by_torchvision if uses_torchvision(image_processor) else scale_by_pil
+        # The scaled image, `(3, H, W)` uint8, and the whole of it, `(3, tile, tile)`.
+        self.pixels, self.global_view = scale(image, image_processor, longest_edge, split)
+        rows, columns = (side // self.tile for side in self.pixels.shape[1:])
         self.grid = (rows, columns) if split and max(rows, columns) > 1 else (0, 0)
 
     @cached_property
     def digest(self) -> str:
         """Identity of the image and of how it is cut."""
-        settings = str((self.image.size, self.tile, self.grid, self.resample))
-        return hashlib.sha256(self.image.tobytes() + settings.encode()).hexdigest()
-
-    @cached_property
-    def global_view(self) -> Image.Image:
-        """The whole image, `tile` px wide and high."""
-        view, size = self.image, (self.tile, self.tile)
-        return view if view.size == size else view.resize(size, self.resample)
+        settings = str((self.pixels.shape, self.tile, self.grid))
+        return hashlib.sha256(self.pixels.tobytes() + self.global_view.tobytes() + settings.encode()).hexdigest()
 
     @property
     def last(self) -> int:
@@ -54,11 +49,15 @@ class LazyImage:
 
     def cut(self, number: int) -> np.ndarray:
         """Pixels of tile `number`, `(3, tile, tile)` uint8; tiles are numbered row by row, the global view last."""
-        columns = self.grid[1]
         if number == self.last:
-            return np.asarray(self.global_view).transpose(2, 0, 1)
-        left, top = self.tile * (number % columns), self.tile * (number // columns)
-        return np.asarray(self.image.crop((left, top, left + self.tile, top + self.tile))).transpose(2, 0, 1)
+            return self.global_view
+        row, column = divmod(number, self.grid[1])
+        top, left = row * self.tile, column * self.tile
+        return self.pixels[:, top : top + self.tile, left : left + self.tile]
+
+    def to_pil(self) -> Image.Image:
+        """The scaled image."""
+        return Image.fromarray(np.ascontiguousarray(self.pixels.transpose(1, 2, 0)))
 
 
 class LazyTiles:
@@ -114,6 +113,11 @@ class LazyTiles:
 
     def to_floats(self, pixels: np.ndarray) -> np.ndarray:
         source = self.image_processor
+        if uses_torchvision(source):  # which does both in one step, and so rounds otherwise
+            mean, std = tuple(source.image_mean), tuple(source.image_std)
+            options = (source.do_rescale, source.rescale_factor, source.do_normalize, mean, std)
+            floats = source.rescale_and_normalize(torch.from_numpy(np.ascontiguousarray(pixels)), *options)
+            return floats.numpy().astype(np.float32, copy=False)
         if source.do_rescale:
             pixels = rescale(pixels, source.rescale_factor, input_data_format="channels_first")
         if source.do_normalize:
@@ -125,7 +129,32 @@ class LazyTiles:
         image, number = self.tiles[sample][ordinal]
         source = self.image_processor
         scale = (source.do_rescale, source.rescale_factor, source.do_normalize, *source.image_mean, *source.image_std)
-        return image.digest, number, scale
+        return image.digest, number, scale, uses_torchvision(source)
+
+
+def scale_by_pil(image: Image.Image, image_processor, longest_edge: int, split: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The scaled image and its global view, `(3, H, W)` and `(3, tile, tile)` uint8; arguments as of [`LazyImage`]."""
+    tile, resample = image_processor.max_image_size["longest_edge"], image_processor.resample
+    image = image.resize(scaled_size(*image.size, longest_edge), resample)
+    if split:
+        image = image.resize(size_in_tiles(*image.size, tile), resample)
+    view = image if image.size == (tile, tile) else image.resize((tile, tile), resample)
+    return np.asarray(image).transpose(2, 0, 1), np.asarray(view).transpose(2, 0, 1)
+
+
+def scale_by_torchvision(
+    image: Image.Image, image_processor, longest_edge: int, split: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `scale_by_pil`, by the methods of an image processor that uses torchvision."""
+    tile, resample = image_processor.max_image_size["longest_edge"], torchvision_resample(image_processor)
+    pixels = torchvision_pixels(image_processor, image)[None]
+    pixels = image_processor.resize(pixels, SizeDict(longest_edge=longest_edge), resample)
+    if split:
+        pixels = image_processor.resize_for_vision_encoder(pixels, tile, resample)
+    view = (
+        pixels if pixels.shape[2:] == (tile, tile) else image_processor.resize(pixels, SizeDict(tile, tile), resample)
+    )
+    return pixels[0].numpy(), view[0].numpy()
 
 
 def scaled_size(width: int, height: int, longest_edge: int) -> tuple[int, int]:

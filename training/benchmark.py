@@ -98,7 +98,7 @@ def benchmark(run: BenchmarkArguments) -> str:
     images = pick_images(run.images, run.repeats * run.batch_size)
     batches = [images[start : start + run.batch_size] for start in range(0, len(images), run.batch_size)]
     processors = {
-        "ours": QGSAProcessor.from_pretrained(base_model, backend="pil"),
+        "ours": QGSAProcessor.from_pretrained(base_model),
         "stock": Idefics3Processor.from_pretrained(base_model),  # in the stock backend of this environment
     }
     tokenizer = processors["ours"].tokenizer

@@ -45,6 +45,16 @@ def ask(processor, image, *questions, **options):
     return processor(text=prompts, images=images, padding=True, return_tensors="pt", **options)
 
 
+def same_pixels(folder: str, image) -> bool:
+    """Whether tiles that are cut on demand have the pixels of all tiles cut at once, resized by torchvision."""
+    backend = {"use_fast": True} if transformers.__version__.startswith("4.") else {"backend": "torchvision"}
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **backend)
+    image = image.resize((333, 190))
+    whole, lazy = ask(processor, image, QUESTIONS[0]), ask(processor, image, QUESTIONS[0], lazy_tiles=True)
+    places = list(range(sum(lazy["lazy_tiles"].counts)))
+    return torch.equal(lazy["lazy_tiles"].cut([0] * len(places), places), whole["pixel_values"][0])
+
+
 def finds_the_question(model, processor, image) -> bool:
     """Whether the model selects by the question, without a mask, if an answer follows it in the prompt."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
@@ -149,6 +159,7 @@ def main(folder: str, former: str, image: str, output: str):
         "batch": positions_of(model, batch),
         "single": positions_of(model, single),
         "lazy": positions_of(model, lazy),
+        "same pixels": same_pixels(folder, image),
         "chat": chat_of(model, processor, single),
         "batched chat": chat_of(model, processor, batch),
         "beams": model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False).tolist(),

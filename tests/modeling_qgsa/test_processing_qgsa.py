@@ -198,7 +198,7 @@ def test_drawing_takes_an_opened_image(processor, model, single, make_image):
     """Drawn as it was scaled."""
     selection, opened = model.select(**single), processor.open(make_image(0))
     drawing = processor.draw_selection(opened, selection)
-    assert np.array_equal(drawing, processor.draw_selection(opened.image, selection))
+    assert np.array_equal(drawing, processor.draw_selection(opened.to_pil(), selection))
 
 
 def test_drawings_show_the_selection(processor, model, single, make_image):

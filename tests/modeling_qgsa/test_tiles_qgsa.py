@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,25 +7,30 @@ import torch
 import transformers
 from packaging import version
 from PIL import Image
-from transformers import Idefics3ImageProcessorPil
+from transformers import Idefics3ImageProcessor, Idefics3ImageProcessorPil
 
+from modeling_qgsa import QGSAProcessor, tiles_qgsa
 from modeling_qgsa.tiles_qgsa import LazyImage, LazyTiles
 
 
+TINY = Path(__file__).parents[2] / "hub_cards" / "tiny-qgsa"
+
+BACKENDS = [Idefics3ImageProcessorPil, Idefics3ImageProcessor]
 SIZES = [(256, 256), (256, 64), (64, 128), (37, 91), (500, 333), (8, 300), (1000, 999), (64, 64), (63, 64), (5, 5)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("longest_edge, tile", [(256, 64), (2048, 512), (100, 64), (64, 64)])
-def test_tiles_are_those_of_the_stock_processor(longest_edge, tile, split):
-    stock = Idefics3ImageProcessorPil(
+def test_tiles_are_those_of_the_stock_processor(longest_edge, tile, split, backend):
+    stock = backend(
         size={"longest_edge": longest_edge}, max_image_size={"longest_edge": tile}, do_image_splitting=split
     )
     rng = np.random.default_rng(0)
     for size in SIZES if tile == 64 else SIZES[3:5]:
         image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
         expected = stock(image, return_tensors="pt", return_row_col_info=True)
-        lazy = LazyImage(image, longest_edge, tile, split, stock.resample)
+        lazy = LazyImage(image, stock, longest_edge, split)
         tiles = LazyTiles([[lazy]], stock)
         assert lazy.grid == (expected["rows"][0][0], expected["cols"][0][0]) and tiles.counts == [lazy.last + 1]
         places = list(range(lazy.last + 1))
@@ -32,11 +38,26 @@ def test_tiles_are_those_of_the_stock_processor(longest_edge, tile, split):
         assert torch.equal(tiles.global_views(), expected["pixel_values"][:, -1:])
 
 
-def test_keys_tell_images_and_places_apart(make_image):
-    first, same, other = (LazyImage(make_image(seed), 256, 64, True, 1) for seed in (0, 0, 1))
-    tiles = LazyTiles([[first], [same, other]], Idefics3ImageProcessorPil())
-    keys = [tiles.key(0, 0), tiles.key(0, 1), tiles.key(1, 0), tiles.key(1, 17)]
-    assert keys[0] == keys[2] and len(set(keys)) == 3
+def test_keys_tell_images_places_and_backends_apart(make_image):
+    keys = []
+    for backend in BACKENDS:
+        stock = backend(max_image_size={"longest_edge": 64})
+        first, same, other = (LazyImage(make_image(seed), stock, 256, True) for seed in (0, 0, 1))
+        tiles = LazyTiles([[first], [same, other]], stock)
+        keys += [tiles.key(0, 0), tiles.key(0, 1), tiles.key(1, 0), tiles.key(1, 17)]
+    assert keys[0] == keys[2] and keys[4] == keys[6] and len(set(keys)) == 6
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_pixels_of_a_checkpoint_are_the_same_whether_tiles_are_cut_on_demand(backend, make_image):
+    """A photograph is resized; both backends, as a user loads them."""
+    processor = QGSAProcessor.from_pretrained(TINY, backend=backend)
+    call = {"text": "<image>what?", "images": make_image(0).resize((333, 190)), "return_tensors": "pt"}
+    eager, lazy = processor(**call), processor(**call, lazy_tiles=True)
+    places = list(range(13))
+    assert torch.equal(lazy["lazy_tiles"].cut([0] * 13, places), eager["pixel_values"][0])
+    opened = processor(**call | {"images": processor.open(call["images"])})
+    assert torch.equal(opened["lazy_tiles"].cut([0] * 13, places), eager["pixel_values"][0])
 
 
 def test_lazy_inputs_are_those_of_the_stock_processor(processor, make_image):
@@ -151,8 +172,7 @@ def test_an_opened_image_gives_the_same_inputs_without_scaling_again(processor, 
     expected = processor(images=[[first], [second, first]], **call, lazy_tiles=True)
     opened, other = processor.open(first), processor.open(second)
     assert processor.open(opened) is opened
-    processor(text=text[0], images=opened)  # the global view is made now
-    monkeypatch.setattr(Image.Image, "resize", lambda *args, **kwargs: pytest.fail("scaled again"))
+    monkeypatch.setattr(tiles_qgsa, "scale_by_pil", lambda *args: pytest.fail("scaled again"))
     processor(text=text[0], images=opened)
     monkeypatch.undo()
     found = processor(images=[[opened], [other, opened]], **call)

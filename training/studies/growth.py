@@ -277,7 +277,7 @@ def make_runners(run: GrowthArguments) -> list[TorchRunner]:
     """Runners of random weights, QGSA's in the precision that is fastest here."""
     source = str(run.source)
     processors = {
-        "ours": QGSAProcessor.from_pretrained(source, backend="pil"),
+        "ours": QGSAProcessor.from_pretrained(source),
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)

@@ -74,7 +74,7 @@ class GuidedSpeedArguments:
 def build(checkpoints: str, size: str) -> tuple[QGSASmolVLMForConditionalGeneration, QGSAProcessor]:
     """A model of random weights in float32, and its processor."""
     source = f"{checkpoints}/smolvlm-{'500m' if size == '2b' else size}-instruct"
-    config, processor = AutoConfig.from_pretrained(source), QGSAProcessor.from_pretrained(source, backend="pil")
+    config, processor = AutoConfig.from_pretrained(source), QGSAProcessor.from_pretrained(source)
     if size == "2b":
         for part, changes in ((config.text_config, TEXT_2B), (config.vision_config, VISION_2B)):
             for name, value in changes.items():
