@@ -26,7 +26,13 @@ from training.costs.formula import paper_table
 from training.costs.speed_report import format_headline, format_speed
 from training.data.arguments import DataArguments
 from training.data.cards import Cards
-from training.evaluation.engines_report import format_engines, format_first_table
+from training.evaluation.engines_report import (
+    format_engines,
+    format_first_table,
+    format_own_budgets,
+    read_accuracy,
+    rows_of,
+)
 from training.evaluation.guided_report import format_exits, format_guided, format_guided_families
 from training.evaluation.report import format_by_canvas, format_by_family, format_families, format_table
 from training.learning.training_arguments import GROUPS, QGSATrainingArguments
@@ -59,6 +65,12 @@ def adaptive_tables(rows):
     return [format_adaptive(rows), format_spending(rows[1], best_fixed(rows[2:], rows[1]))]
 
 
+def engines_tables(rows):
+    """Of each architecture: all systems, then those with whole tiles by m."""
+    accuracy, sizes = read_accuracy(RESULTS), dict.fromkeys(row["architecture"] for row in rows)
+    return [table(rows, size, accuracy) for size in sizes for table in (format_engines, format_own_budgets)]
+
+
 def lines_of_sizes(rows):
     """One line per image size, with the seconds of five systems."""
     columns = ("dense-native-size", "qgsa-native-size", "dense-fast", "qgsa", "qgsa-blocks")
@@ -70,6 +82,7 @@ TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_blocks_cards": lambda rows: [format_table(rows), format_families(rows)],
+    "half_glance_calibrated_cards": lambda rows: [format_table(rows), format_families(rows)],
     "compact_cards": lambda rows: [format_table(rows), format_families(rows)],
     "ablation_cards": lambda rows: [format_ablation(rows)],
     "adaptive_cards": adaptive_tables,
@@ -91,10 +104,8 @@ TABLES = {
     "speed_visor_500m_float32_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_256m_bfloat16_cpu": lambda rows: [format_depth_speed(rows), format_questions(rows)],
     "speed_visor_500m_bfloat16_cpu": lambda rows: [format_depth_speed(rows)],
-    "speed_engines_cpu": lambda rows: [format_engines(rows, "256m"), format_engines(rows, "500m")],
-    "speed_engines_vnni_cpu": lambda rows: [format_engines(rows, "256m")],
-    "speed_engines_llama_cpu": lambda rows: [format_engines(rows, "256m")],
-    "speed_engines_vnni_500m_cpu": lambda rows: [format_engines(rows, "500m")],
+    "speed_engines_cpu": lambda rows: engines_tables(rows)[::2],
+    "speed_engines_vnni_cpu": engines_tables,
     "speed_growth_cpu": growth_tables,
     "serve_cpu": lambda rows: [serve_load.format_load(rows)],
     "throughput_cpu": lambda rows: [serve_throughput.format_throughput(rows)],
@@ -121,10 +132,8 @@ def read_rows(name: str) -> list[dict]:
 
 
 def test_the_readme_holds_the_first_table_and_its_reservations():
-    engines, readme = read_rows("speed_engines_vnni_cpu"), README.read_text()
-    accuracy = {row["system"]: row for row in read_rows("pareto_cards")}
-    (half,) = (row for row in read_rows("half_glance_blocks_cards") if row["system"] == "qgsa")
-    assert format_first_table(engines, accuracy | {"qgsa-blocks-half-glance": half}) in readme
+    engines, readme = rows_of(read_rows("speed_engines_vnni_cpu"), "256m"), README.read_text()
+    assert format_first_table(engines, read_accuracy(RESULTS)) in readme
     torch = {row["system"]: row["seconds_median"] for row in engines if row["engine"].startswith("torch")}
     words, fast = " ".join(readme.split()), torch["dense-fast"]
     said = ", ".join(f"{torch[name]:.1f}" for name in ("dense-fast", "dense-global-only-fast", "qgsa"))
@@ -160,6 +169,22 @@ def test_the_readme_holds_the_controls_of_the_demo():
     assert f"at {delta['qgsa']} pp [{low:+.1f}, {high:+.1f}] with {tokens} and {tiles}" in words
     controls = f"random tokens at the same budget lose {delta['random'][1:]} pp"
     assert f"{controls}, and a grey image loses {delta['blank-image'][1:]} pp" in words
+
+
+def test_the_readme_holds_what_half_of_the_glance_costs():
+    loss = {row["system"]: f"{-row['delta_vs_dense_pp']:.1f}" for row in read_rows("half_glance_blocks_cards")}
+    seconds = {
+        row["system"]: f"{row['seconds_median']:.2f}"
+        for row in rows_of(read_rows("speed_engines_vnni_cpu"), "256m")
+        if row["precision"] == "int8" and row["engine"].startswith("onnxruntime")
+    }
+    ours, thumbnail, dense = (seconds[name] for name in ("qgsa-blocks-half-glance", "dense-global-only", "dense"))
+    words = " ".join(README.read_text().split())
+    assert (
+        f"takes {ours} s in ONNX Runtime with int8 weights, the thumbnail alone {thumbnail}, every tile {dense}"
+        in words
+    )
+    assert f"loses {loss['qgsa']} pp in float32, random tokens in its place {loss['random']} (" in words
 
 
 def test_the_readme_holds_what_depth_adds():

@@ -1,11 +1,12 @@
 """Tables and plot of engines beside each other, from the rows of `training/studies/engines.py`."""
 
+import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from training.costs.meter import PARTS
-from training.evaluation.report import delta_cell
+from training.evaluation.report import delta_cell, on_front
 
 
 # Title, system, engine and precision of each row of README's first table.
@@ -14,9 +15,39 @@ FIRST_TABLE = (
     ("stock SmolVLM", "dense", "onnxruntime", "int8"),
     ("stock SmolVLM, thumbnail only", "dense-global-only", "onnxruntime", "int8"),
     ("QGSA", "qgsa", "onnxruntime", "int8"),
+    ("QGSA, half of the glance", "qgsa-half-glance", "onnxruntime", "int8"),
     ("QGSA, blocks and half of the glance", "qgsa-blocks-half-glance", "onnxruntime", "int8"),
 )
 ENGINES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+# File and row of the accuracy of each system on cards, below the folder of results.
+ACCURACY = {
+    **{name: ("pareto_cards", name) for name in ("dense", "dense-global-only", "qgsa", "qgsa-blocks")},
+    "dense-fast": ("pareto_cards", "dense"),
+    "dense-global-only-fast": ("pareto_cards", "dense-global-only"),
+    "qgsa-half-glance": ("half_glance_cards", "qgsa"),
+    "qgsa-blocks-half-glance": ("half_glance_blocks_cards", "qgsa"),
+    "qgsa-attention": ("pointing_cards", "qgsa-calibrated"),
+    "qgsa-attention-half-glance": ("half_glance_calibrated_cards", "qgsa"),
+}
+
+
+def read_accuracy(folder: Path) -> dict[str, dict]:
+    """Row of an evaluation on cards, by system.
+
+    Args:
+        folder: with the results of the evaluations that `ACCURACY` names.
+
+    Raises ValueError, naming the file, if one is missing.
+    """
+    for name, _ in ACCURACY.values():
+        if not (folder / f"{name}.json").is_file():
+            raise ValueError(f"accuracy ({folder}): has no {name}.json")
+    rows = {
+        (name, row["system"]): row
+        for name in {name for name, _ in ACCURACY.values()}
+        for row in json.loads((folder / f"{name}.json").read_text())["rows"]
+    }
+    return {system: rows[place] for system, place in ACCURACY.items()}
 
 
 def rows_of(rows: list[dict], architecture: str) -> list[dict]:
@@ -24,24 +55,73 @@ def rows_of(rows: list[dict], architecture: str) -> list[dict]:
     return [row for row in rows if row["architecture"] == architecture]
 
 
-def format_engines(rows: list[dict], architecture: str) -> str:
-    """The rows of one architecture as a Markdown table; a dash where nothing was measured."""
+def format_engines(rows: list[dict], architecture: str, accuracy: dict[str, dict]) -> str:
+    """The rows of one architecture as a Markdown table; a dash where nothing was measured.
+
+    A row is bold if no other one is as accurate on cards in less time.
+
+    Args:
+        accuracy: see `read_accuracy`.
+    """
+    front = fastest_for_their_accuracy(rows_of(rows, architecture), accuracy)
     lines = [
         "| system | engine | precision | processing | vision | prefill | decode | total, s [range] | × stock "
-        "| later question, s | TFLOPs | memory, GB (weights included) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| later question, s | TFLOPs | memory, GB (weights included) | Δ on cards, pp [95 %], m |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows_of(rows, architecture):
-        head = f"| {row['system']} | {row['engine']} | {row['precision']} |"
+        name = f"**{row['system']}**" if row in front else row["system"]
+        head, of_system = f"| {name} | {row['engine']} | {row['precision']} |", accuracy.get(row["system"])
         if "skipped" in row:
-            lines.append(f"{head} – | – | – | – | skipped: {row['skipped']} | – | – | – | – |")
+            lines.append(f"{head} – | – | – | – | skipped: {row['skipped']} | – | – | – | – | – |")
             continue
+        delta = "–" if of_system is None else f"{delta_cell(of_system)}, {of_system['tiles_mean']:.2f}"
         parts = " | ".join(number(row["seconds"].get(part), 2) for part in PARTS)
         low, high = row["seconds_range"]
         lines.append(
             f"{head} {parts} | {row['seconds_median']:.2f} [{low:.2f}, {high:.2f}] "
             f"| {number(row['speedup_vs_dense'], 1)} | {number(row.get('seconds_later'), 2)} "
-            f"| {row['flops']['total'] / 1e12:.2f} | {gigabytes(row):.2f} |"
+            f"| {row['flops']['total'] / 1e12:.2f} | {gigabytes(row):.2f} | {delta} |"
+        )
+    return "\n".join(lines)
+
+
+def fastest_for_their_accuracy(rows: list[dict], accuracy: dict[str, dict]) -> list[dict]:
+    """The timed rows on the Pareto front of seconds and accuracy; those without accuracy are left out."""
+    known = [row for row in rows if "skipped" not in row and row["system"] in accuracy]
+    points = [(row["seconds_median"], accuracy[row["system"]]["accuracy"]) for row in known]
+    return [row for row, best in zip(known, on_front(points)) if best]
+
+
+def format_own_budgets(rows: list[dict], architecture: str, accuracy: dict[str, dict]) -> str:
+    """Seconds with whole tiles by m, and at the mean m that their accuracy was measured with, as a Markdown table.
+
+    Tiles are encoded one after another, so that seconds are linear in m: those of the mean lie on the line through two
+    rows. The thumbnail beside them is that of the same engine, in torch the one at its fastest settings.
+
+    Args:
+        accuracy: see `read_accuracy`.
+    """
+    lines = [
+        "| system | engine | precision | s, m = 1 | s, m = 2 | m on cards | s there | × thumbnail, m = 1 | m = 2 "
+        "| there |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    seconds = {
+        (row["system"], row["engine"], row["precision"]): row["seconds_median"]
+        for row in rows_of(rows, architecture)
+        if "skipped" not in row
+    }
+    for (system, *place), two in seconds.items():
+        one = seconds.get((f"{system}, m = 1", *place))
+        if one is None or system not in accuracy:
+            continue
+        tiles = accuracy[system]["tiles_mean"]
+        spent = [one, two, one + (two - one) * (tiles - 1)]
+        fast = "-fast" if place[0].startswith("torch") else ""
+        shares = " | ".join(f"{each / seconds[f'dense-global-only{fast}', *place]:.2f}" for each in spent)
+        lines.append(
+            f"| {system} | {' | '.join(place)} | {one:.2f} | {two:.2f} | {tiles:.2f} | {spent[2]:.2f} | {shares} |"
         )
     return "\n".join(lines)
 
@@ -50,7 +130,7 @@ def format_first_table(rows: list[dict], accuracy: dict[str, dict]) -> str:
     """The rows that `FIRST_TABLE` names as a Markdown table, of 256M; a dash where accuracy was not measured.
 
     Args:
-        accuracy: row of an evaluation on cards, by system.
+        accuracy: see `read_accuracy`.
     """
     lines = [
         "| system | runs in | seconds per question | times faster | memory, GB (weights included) "

@@ -35,6 +35,11 @@ def delta_cell(row: dict) -> str:
     return f"{row['delta_vs_dense_pp']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def on_front(points: list[tuple[float, float]]) -> list[bool]:
+    """Whether each (cost, gain) is on the Pareto front: no other gains more for as much, or as much for less."""
+    return [not any((c <= cost and g > gain) or (c < cost and g >= gain) for c, g in points) for cost, gain in points]
+
+
 def pointing_cell(row: dict) -> str:
     """A row's pointing accuracy on one-tile questions, for a table; a dash if it does not point."""
     pointing = row["grounding"].get("pointing_accuracy_one_tile")

@@ -1,7 +1,7 @@
 """What would a user run instead on a CPU? Seconds of other engines, and of the thumbnail alone, beside ours.
 
     make engines llama
-    python training/studies/engines.py --architectures 256m --output_dir outputs/engines
+    python training/studies/engines.py --architectures 256m --accuracy hub_cards/results
 
 Random weights of the published architectures, the images of their processors (2048 px), one run in which all systems
 take turns image by image: torch in this process, ONNX Runtime, OpenVINO and llama.cpp each in one of its own, with as
@@ -30,11 +30,11 @@ from modeling_qgsa.tuning_qgsa import name_of
 from training.cli.arguments import errors_in_one_line, parse
 from training.costs.meter import keep_freed_memory, now
 from training.costs.speed_report import add_speedups
-from training.costs.systems import TUNED, build_models, present_systems
+from training.costs.systems import SYSTEMS, TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
 from training.costs.tuning import tune_alike
 from training.engines.protocol import ROOT, EngineError, Worker
-from training.evaluation.engines_report import format_engines, plot_engines
+from training.evaluation.engines_report import format_engines, format_own_budgets, plot_engines, read_accuracy
 from training.evaluation.report import write_results
 
 
@@ -51,7 +51,7 @@ OURS = (
     "qgsa-blocks",
     "qgsa-blocks-half-glance",
 )
-SYSTEMS = ("dense", "dense-fast", "dense-global-only", "dense-global-only-fast", *OURS)
+COMPARED = ("dense", "dense-fast", "dense-global-only", "dense-global-only-fast", *OURS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class EnginesArguments:
     architectures: list[str] = field(
         default_factory=lambda: ["256m", "500m"], metadata={"help": "Sizes of SmolVLM, one after another."}
     )
-    systems: list[str] = field(default_factory=lambda: list(SYSTEMS), metadata={"help": "Systems to time in torch."})
+    systems: list[str] = field(default_factory=lambda: list(COMPARED), metadata={"help": "Systems to time in torch."})
     engines: list[str] = field(
         default_factory=lambda: list(ENGINES), metadata={"help": "Other engines, for those systems that they run."}
     )
@@ -119,8 +119,16 @@ class EnginesArguments:
     repeats: int = field(default=3, metadata={"help": "Timed images."})
     questions: int = field(default=10, metadata={"help": "Questions about one image; those after the first count."})
     new_tokens: int = field(default=8, metadata={"help": "Length of every answer, in tokens."})
-    tiles: int = field(default=2, metadata={"help": "m: high-resolution tiles that QGSA encodes per image."})
+    tiles: list[int] = field(
+        default_factory=lambda: [2, 1],
+        metadata={
+            "help": "m: high-resolution tiles that QGSA encodes per image; all but the first for whole tiles only."
+        },
+    )
     tokens: int = field(default=17, metadata={"help": "k: visual tokens that QGSA keeps per image."})
+    accuracy: str | None = field(
+        default=None, metadata={"help": "Folder with results on cards: what each system loses is shown beside it."}
+    )
     output_dir: str = field(default="outputs/engines", metadata={"help": "Folder for results."})
 
     def __post_init__(self):
@@ -128,6 +136,8 @@ class EnginesArguments:
         unknown = [name for name in self.engines if name not in ENGINES]
         if unknown:
             raise ValueError(f"engines ({', '.join(unknown)}): unknown; choose from {', '.join(ENGINES)}")
+        if len(set(self.tiles)) < len(self.tiles) or min(self.tiles, default=0) < 1:
+            raise ValueError(f"tiles ({', '.join(map(str, self.tiles))}): must be at least 1, each number once")
         for name, least in (("repeats", 1), ("questions", 2), ("new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}): must be at least {least}")
@@ -139,15 +149,29 @@ class EnginesArguments:
             raise ValueError(f"architectures ({architecture}): {folder} is not a folder; choose another")
         return folder
 
-    @property
-    def workload(self) -> Workload:
-        return Workload(self.tiles, self.tokens, self.new_tokens)
+    def workloads(self, system: str) -> dict[str, Workload]:
+        """The work of a system, by the name of its row: for whole tiles once with each m, otherwise with the first."""
+        first, *others = (Workload(tiles, self.tokens, self.new_tokens) for tiles in self.tiles)
+        if SYSTEMS[system].selection != "before_encoder":
+            return {system: first}
+        return {system: first} | {f"{system}, m = {other.tiles}": other for other in others}
 
 
 class TorchRunner(Runner):
-    """A runner that keeps the description of its last answer, which other engines share."""
+    """A runner that keeps the description of its last answer, which other engines share.
+
+    Args:
+        system: key of `SYSTEMS`.
+        workload: budgets and length of the answer.
+        models, processors: see `Runner`.
+        name: what its row is called; by default as the system.
+    """
 
     engine = f"torch {torch.__version__}"
+
+    def __init__(self, system: str, workload: Workload, models: dict, processors: dict, name: str | None = None):
+        super().__init__(system, workload, models, processors)
+        self.key, self.name = system, name or system
 
     def time(self, images: list[Image.Image], edge: int) -> tuple[dict, dict]:
         seconds, self.description = super().time(images, edge)
@@ -177,12 +201,11 @@ class EngineRunner:
         name: key of `ENGINES`.
         worker: its process.
         twin: the same system in torch, which comes before it on every image.
-        workload: budgets and length of the answer.
         folder: folder for the image.
     """
 
-    def __init__(self, name: str, worker: Worker, twin: TorchRunner, workload: Workload, folder: Path):
-        self.name, self.worker, self.twin, self.workload = f"{name}, {twin.name}", worker, twin, workload
+    def __init__(self, name: str, worker: Worker, twin: TorchRunner, folder: Path):
+        self.name, self.worker, self.twin = f"{name}, {twin.name}", worker, twin
         self.system = twin.system
         self.image, self.weight_bytes = folder / "image.png", worker.weight_bytes
         self.engine, self.precision = worker.version, name.rpartition("-")[2]
@@ -191,7 +214,7 @@ class EngineRunner:
         """The question about an image, as the worker takes it."""
         (image,) = images
         image.save(self.image)
-        work = {"system": self.twin.name, **vars(self.workload)}
+        work = {"system": self.twin.key, **vars(self.twin.workload)}
         return {"image": str(self.image), "question": QUESTION, **work}
 
     def warm_up(self, images: list[Image.Image], edge: int) -> int:
@@ -212,12 +235,16 @@ def torch_runners(run: EnginesArguments, architecture: str) -> list[TorchRunner]
     """Runners of random weights in torch, the fast ones in the precision that is fastest here."""
     source = str(run.source(architecture))
     processors = {
-        "ours": QGSAProcessor.from_pretrained(source, backend="pil"),
+        "ours": QGSAProcessor.from_pretrained(source),
         "stock": Idefics3Processor.from_pretrained(source),
     }
     models = build_models(run.systems, source, None, processors["ours"].tokenizer, CPU)
     tune_alike([models[name] for name in TUNED if name in models])
-    return [TorchRunner(name, run.workload, models, processors) for name in run.systems]
+    return [
+        TorchRunner(system, workload, models, processors, name)
+        for system in run.systems
+        for name, workload in run.workloads(system).items()
+    ]
 
 
 def start(run: EnginesArguments, architecture: str, name: str) -> Worker:
@@ -245,10 +272,10 @@ def engine_runners(
     """
     small = Image.new("RGB", (64, 64))
     for name in tqdm(run.engines, desc=f"{architecture}: starting engines"):
-        systems = [twin for twin in twins if twin.name in ENGINES[name].systems]
+        systems = [twin for twin in twins if twin.key in ENGINES[name].systems]
         try:
             worker = open_until.enter_context(closing(start(run, architecture, name)))
-            runners = [EngineRunner(name, worker, twin, run.workload, folder) for twin in systems]
+            runners = [EngineRunner(name, worker, twin, folder) for twin in systems]
             for runner in runners:
                 worker.ask(**runner.request([small]))
             yield from runners
@@ -284,15 +311,17 @@ def main():
     with errors_in_one_line():
         run = parse(EnginesArguments, __doc__)
         output, rows = Path(run.output_dir), []
+        accuracy = read_accuracy(Path(run.accuracy)) if run.accuracy else {}  # before anything is timed
         for architecture in run.architectures:
-            run.source(architecture)  # before anything is timed
+            run.source(architecture)
         output.mkdir(parents=True, exist_ok=True)
         keep_freed_memory()
         for architecture in run.architectures:
             rows += time_architecture(run, architecture)
             write_results(output / f"{NAME}.json", NAME, "vqa_rad images", run.repeats, 0, rows, "none")
             plot_engines(rows, architecture, output / f"{NAME}_{architecture}.png")
-            print(format_engines(rows, architecture), flush=True)
+            for table in (format_engines, format_own_budgets):
+                print(table(rows, architecture, accuracy), flush=True)
 
 
 if __name__ == "__main__":

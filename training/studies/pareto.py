@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from training.cli.arguments import errors_in_one_line, parse
 from training.data.cards import Cards
-from training.evaluation.report import write_results
+from training.evaluation.report import on_front, write_results
 from training.evaluation.rows import add_flops, evaluate_systems
 from training.evaluation.systems import DENSE, System
 from training.methods import METHODS
@@ -74,16 +74,8 @@ def make_systems(dense, model, blocks) -> list[System]:
 
 def pareto_front(rows: list[dict]) -> set[str]:
     """Names of the rows that no other row beats: as accurate for less, or more accurate for as much."""
-
-    def beaten(row):
-        cost, accuracy = row["flops"]["total"], row["accuracy"]
-        return any(
-            (other["flops"]["total"] <= cost and other["accuracy"] > accuracy)
-            or (other["flops"]["total"] < cost and other["accuracy"] >= accuracy)
-            for other in rows
-        )
-
-    return {row["system"] for row in rows if not beaten(row)}
+    best = on_front([(row["flops"]["total"], row["accuracy"]) for row in rows])
+    return {row["system"] for row, beats_all in zip(rows, best) if beats_all}
 
 
 def format_pareto(rows: list[dict]) -> str:

@@ -1,9 +1,22 @@
 """Tables and plot of engines beside each other, on made-up rows."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from training.evaluation.engines_report import FIRST_TABLE, format_engines, format_first_table, plot_engines
+from training.evaluation.engines_report import (
+    FIRST_TABLE,
+    format_engines,
+    format_first_table,
+    format_own_budgets,
+    plot_engines,
+    read_accuracy,
+)
+
+
+RESULTS = Path(__file__).parents[3] / "hub_cards" / "results"
+QGSA = {"accuracy": 0.8, "delta_vs_dense_pp": -0.4, "delta_ci95": [-1.1, 0.3], "tiles_mean": 1.2}
 
 
 @pytest.fixture
@@ -30,8 +43,7 @@ def rows():
 
 
 def test_the_first_table_has_accuracy_beside_seconds(rows):
-    accuracy = {"qgsa": {"delta_vs_dense_pp": -0.4, "delta_ci95": [-1.1, 0.3]}}
-    lines = format_first_table(rows, accuracy).splitlines()
+    lines = format_first_table(rows, {"qgsa": QGSA}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert [line[0] for line in cells] == [title for title, *_ in FIRST_TABLE]
@@ -40,9 +52,37 @@ def test_the_first_table_has_accuracy_beside_seconds(rows):
 
 
 def test_a_table_has_one_architecture_and_says_what_is_missing(rows):
-    table = format_engines(rows, "256m")
-    assert "99.00" not in table and "99.00" in format_engines(rows, "500m")
-    assert "| dense | openvino | int8 | – | – | – | – | skipped: no files: run make engines | – | – | – | – |" in table
+    table = format_engines(rows, "256m", {"qgsa": QGSA}).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert "99.00" not in "".join(table) and "99.00" in format_engines(rows, "500m", {})
+    missing = "| dense | openvino | int8 | – | – | – | – | skipped: no files: run make engines | – | – | – | – | – |"
+    assert missing in table
+    assert [line.endswith("| -0.4 [-1.1, +0.3], 1.20 |") for line in table] == [
+        "| **qgsa** |" in line for line in table
+    ]
+
+
+def test_a_row_is_bold_if_no_other_is_as_accurate_in_less_time(rows):
+    accuracy = {"dense": QGSA | {"accuracy": 0.9}, "dense-global-only": QGSA | {"accuracy": 0.3}, "qgsa": QGSA}
+    table = format_engines(rows, "256m", accuracy).splitlines()
+    bold = [line.split(" | ")[:2] for line in table if "**" in line]
+    assert bold == [["| **dense**", "onnxruntime 1.0"], ["| **qgsa**", "onnxruntime 1.0"]]
+
+
+def test_seconds_at_the_budget_of_the_accuracy_lie_between_those_of_one_and_two_tiles(rows):
+    (two,) = (row for row in rows if row["system"] == "qgsa")  # 2 s, the thumbnail alone 4 s
+    table = format_own_budgets(
+        [*rows, {**two, "system": "qgsa, m = 1", "seconds_median": 1.0}], "256m", {"qgsa": QGSA}
+    )
+    _, _, row = table.splitlines()
+    assert row == "| qgsa | onnxruntime 1.0 | int8 | 1.00 | 2.00 | 1.20 | 1.20 | 0.25 | 0.50 | 0.30 |"
+    assert format_own_budgets(rows, "256m", {"qgsa": QGSA}).count("\n") == 1
+
+
+def test_the_accuracy_of_every_system_is_that_of_cards():
+    accuracy = read_accuracy(RESULTS)
+    assert accuracy["dense-fast"]["delta_vs_dense_pp"] == 0 > accuracy["qgsa-blocks-half-glance"]["delta_vs_dense_pp"]
+    assert accuracy["dense-global-only"]["tiles_mean"] == 0 < accuracy["qgsa-attention"]["tiles_mean"]
 
 
 def test_the_plot_shows_what_was_measured(rows, tmp_path):
