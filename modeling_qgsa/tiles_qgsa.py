@@ -39,8 +39,10 @@ class LazyImage:
     @cached_property
     def digest(self) -> str:
         """Identity of the image and of how it is cut."""
-        settings = str((self.pixels.shape, self.tile, self.grid))
-        return hashlib.sha256(self.pixels.tobytes() + self.global_view.tobytes() + settings.encode()).hexdigest()
+        found = hashlib.sha256(str((self.pixels.shape, self.tile, self.grid)).encode())
+        for pixels in (self.pixels, self.global_view):
+            found.update(np.ascontiguousarray(pixels.transpose(1, 2, 0)).data)  # as they lie in memory
+        return found.hexdigest()
 
     @property
     def last(self) -> int:

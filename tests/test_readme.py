@@ -80,6 +80,7 @@ def lines_of_sizes(rows):
 
 TABLES = {
     "cards": lambda rows: [format_table(rows), format_families(rows)],
+    "blocks_cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_blocks_cards": lambda rows: [format_table(rows), format_families(rows)],
     "half_glance_calibrated_cards": lambda rows: [format_table(rows), format_families(rows)],

@@ -179,3 +179,33 @@ def plot_engines(rows: list[dict], architecture: str, path: Path):
     axes.margins(x=0.1, y=0.01)
     axes.set_xlabel(f"seconds per question, {architecture.upper()}, 2048 px (medians)")
     figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def plot_accuracy(rows: list[dict], architecture: str, accuracy: dict[str, dict], path: Path):
+    """Draw accuracy on cards against the seconds of one architecture: stock in every engine, ours where it is fastest.
+
+    Args:
+        accuracy: see `read_accuracy`.
+    """
+    shown = [row for row in rows_of(rows, architecture) if "skipped" not in row and row["system"] in accuracy]
+    fastest = min(shown, key=lambda row: row["seconds_median"])["engine"]
+    figure = Figure(figsize=(8, 4.2))
+    axes = figure.subplots()
+    for row in shown:
+        name, ours = row["system"], not row["system"].startswith("dense")
+        if name.endswith("-fast") or "attention" in name or (ours and row["engine"] != fastest):
+            continue
+        place = row["seconds_median"], accuracy[name]["delta_vs_dense_pp"]
+        axes.plot(*place, "o", color="tab:blue" if ours else "tab:grey")
+        label = f" {name}, {row['engine'].split()[0]} {row['precision']}"
+        axes.annotate(label, place, rotation=40, fontsize=8, xytext=(2, 2), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axes.xaxis.set_minor_formatter("")
+    axes.set_ylim(top=45)
+    axes.set_yticks(range(-50, 1, 10))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"seconds per question, {architecture.upper()}, 2048 px (medians)")
+    axes.set_ylabel("Δ to dense on cards, pp")
+    figure.savefig(path, dpi=130, bbox_inches="tight")

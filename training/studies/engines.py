@@ -34,7 +34,13 @@ from training.costs.systems import SYSTEMS, TUNED, build_models, present_systems
 from training.costs.timing import QUESTION, Runner, Workload, measure, pick_images
 from training.costs.tuning import tune_alike
 from training.engines.protocol import ROOT, EngineError, Worker
-from training.evaluation.engines_report import format_engines, format_own_budgets, plot_engines, read_accuracy
+from training.evaluation.engines_report import (
+    format_engines,
+    format_own_budgets,
+    plot_accuracy,
+    plot_engines,
+    read_accuracy,
+)
 from training.evaluation.report import write_results
 
 
@@ -320,6 +326,8 @@ def main():
             rows += time_architecture(run, architecture)
             write_results(output / f"{NAME}.json", NAME, "vqa_rad images", run.repeats, 0, rows, "none")
             plot_engines(rows, architecture, output / f"{NAME}_{architecture}.png")
+            if accuracy:
+                plot_accuracy(rows, architecture, accuracy, output / f"{NAME}_{architecture}_accuracy.png")
             for table in (format_engines, format_own_budgets):
                 print(table(rows, architecture, accuracy), flush=True)
 

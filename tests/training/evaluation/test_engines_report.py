@@ -10,6 +10,7 @@ from training.evaluation.engines_report import (
     format_engines,
     format_first_table,
     format_own_budgets,
+    plot_accuracy,
     plot_engines,
     read_accuracy,
 )
@@ -85,6 +86,8 @@ def test_the_accuracy_of_every_system_is_that_of_cards():
     assert accuracy["dense-global-only"]["tiles_mean"] == 0 < accuracy["qgsa-attention"]["tiles_mean"]
 
 
-def test_the_plot_shows_what_was_measured(rows, tmp_path):
+def test_the_plots_show_what_was_measured(rows, tmp_path):
     plot_engines(rows, "256m", tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").size[0] > 300
+    plot_accuracy(rows, "256m", {"qgsa": QGSA, "dense": QGSA}, tmp_path / "accuracy.png")
+    for name in ("plot", "accuracy"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 300
