@@ -217,9 +217,10 @@ def continued_inputs(text_inputs: dict[str, torch.Tensor], cache) -> dict[str, t
 
 def image_processor_options(image_processor) -> set[str]:
     """Names of the options that an Idefics3 image processor accepts per call."""
+    by_signature = TRANSFORMERS_V4 and not image_processor.is_fast
     known = (
         signature(image_processor.preprocess).parameters
-        if TRANSFORMERS_V4
+        if by_signature
         else image_processor.valid_kwargs.__annotations__
     )
     return set(known) | set(ImagesKwargs.__annotations__)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import BatchFeature, Idefics3Processor
 
-from .compat_qgsa import image_processor_options, tokenizer_options
+from .compat_qgsa import image_processor_options, tokenizer_options, uses_torchvision
 from .images_qgsa import has_images, images_per_sample, load_images, to_rgb
 from .layout_qgsa import VisualLayout
 from .prompt_qgsa import Turns, find_question, read_chat_format, read_tile_markers
@@ -101,7 +101,7 @@ class QGSAProcessor(Idefics3Processor):
         check_edges(cutting)
         tile = image_processor.max_image_size["longest_edge"]
         if isinstance(image, LazyImage):
-            check_scaled(image, tile, **cutting)
+            check_scaled(image, tile, uses_torchvision(image_processor), **cutting)
             return image
         if image is None or isinstance(image, list | tuple):
             raise TypeError(f"image ({type(image).__name__}) must be a single image")
@@ -250,13 +250,16 @@ def check_opened(text, lazy_tiles):
         raise ValueError(f"lazy_tiles ({lazy_tiles}): images that were opened are cut on demand")
 
 
-def check_scaled(image: LazyImage, tile: int, **cutting):
-    """Raise ValueError if an opened image was cut into tiles of another size in px, or is to be scaled otherwise."""
+def check_scaled(image: LazyImage, tile: int, by_torchvision: bool, **cutting):
+    """Raise ValueError if an opened image has tiles of another size in px, or is to be scaled otherwise."""
     for name, value in cutting.items():
         if value is not None:
             raise ValueError(f"{name} ({value}): the image was scaled when it was opened: give it to `open`")
     if image.tile != tile:
         raise ValueError(f"the image was opened for tiles of {image.tile} px, but those of this processor have {tile}")
+    if image.by_torchvision != by_torchvision:
+        names = [("PIL", "torchvision")[each] for each in (image.by_torchvision, by_torchvision)]
+        raise ValueError(f"the image was opened, and scaled, by {names[0]}, but this processor scales by {names[1]}")
 
 
 def check_media(**media):

@@ -29,8 +29,11 @@ class LazyImage:
     """
 
     def __init__(self, image: Image.Image, image_processor, longest_edge: int, split: bool):
-        self.tile = image_processor.max_image_size["longest_edge"]
-        scale = scale_by_torchvision if uses_torchvision(image_processor) else scale_by_pil
+        self.tile, self.by_torchvision = (
+            image_processor.max_image_size["longest_edge"],
+            uses_torchvision(image_processor),
+        )
+        scale = scale_by_torchvision if self.by_torchvision else scale_by_pil
         # The scaled image, `(3, H, W)` uint8, and the whole of it, `(3, tile, tile)`.
         self.pixels, self.global_view = scale(image, image_processor, longest_edge, split)
         rows, columns = (side // self.tile for side in self.pixels.shape[1:])
@@ -41,7 +44,7 @@ class LazyImage:
         """Identity of the image and of how it is cut."""
         found = hashlib.sha256(str((self.pixels.shape, self.tile, self.grid)).encode())
         for pixels in (self.pixels, self.global_view):
-            found.update(np.ascontiguousarray(pixels.transpose(1, 2, 0)).data)  # as they lie in memory
+            found.update(np.ascontiguousarray(pixels.transpose(1, 2, 0)).data)  # as PIL has them in memory
         return found.hexdigest()
 
     @property
@@ -115,7 +118,7 @@ class LazyTiles:
 
     def to_floats(self, pixels: np.ndarray) -> np.ndarray:
         source = self.image_processor
-        if uses_torchvision(source):  # which does both in one step, and so rounds otherwise
+        if uses_torchvision(source):  # in one fused step, which rounds differently
             mean, std = tuple(source.image_mean), tuple(source.image_std)
             options = (source.do_rescale, source.rescale_factor, source.do_normalize, mean, std)
             floats = source.rescale_and_normalize(torch.from_numpy(np.ascontiguousarray(pixels)), *options)

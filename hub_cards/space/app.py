@@ -76,7 +76,7 @@ def load(name: str):
     if Path(name).is_dir() and not Path(name, "modeling_qgsa.py").exists():
         import modeling_qgsa  # noqa: F401
     model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True).eval()
-    # The PIL backend gives the pixels of lazy tiles, so that QGSA and dense see the same image.
+    # The backend that is there without torchvision, too.
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, backend="pil")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 

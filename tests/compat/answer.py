@@ -12,7 +12,7 @@ import sys
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor, DynamicCache
+from transformers import AutoImageProcessor, AutoProcessor, DynamicCache
 
 
 QUESTIONS = ("what shape does the red card show?", "how many cards are there?")
@@ -47,12 +47,21 @@ def ask(processor, image, *questions, **options):
 
 def same_pixels(folder: str, image) -> bool:
     """Whether tiles that are cut on demand have the pixels of all tiles cut at once, resized by torchvision."""
-    backend = {"use_fast": True} if transformers.__version__.startswith("4.") else {"backend": "torchvision"}
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **backend)
+    if transformers.__version__.startswith("4."):  # where the processor takes the other backend whatever it is told
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, use_fast=True)
+        assert processor.image_processor.is_fast
+    else:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, backend="torchvision")
+        assert processor.image_processor.backend == "torchvision"
     image = image.resize((333, 190))
-    whole, lazy = ask(processor, image, QUESTIONS[0]), ask(processor, image, QUESTIONS[0], lazy_tiles=True)
-    places = list(range(sum(lazy["lazy_tiles"].counts)))
-    return torch.equal(lazy["lazy_tiles"].cut([0] * len(places), places), whole["pixel_values"][0])
+    whole = ask(processor, image, QUESTIONS[0])["pixel_values"][0]
+    lazy, single = (
+        ask(processor, image, QUESTIONS[0], lazy_tiles=True, do_image_splitting=split)["lazy_tiles"]
+        for split in (True, False)
+    )
+    assert (lazy.counts, single.counts) == ([len(whole)], [1])
+    return torch.equal(lazy.cut([0] * len(whole), list(range(len(whole)))), whole)
 
 
 def finds_the_question(model, processor, image) -> bool:

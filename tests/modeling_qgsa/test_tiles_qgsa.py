@@ -205,6 +205,9 @@ def test_opened_images_that_cannot_be_prepared_are_refused(processor, make_image
     other.image_processor.max_image_size = {"longest_edge": 32}
     with pytest.raises(ValueError, match="opened for tiles of 64 px, but those of this processor have 32"):
         other(images=opened, text=text)
+    other = QGSAProcessor.from_pretrained(TINY, backend="torchvision")
+    with pytest.raises(ValueError, match="opened, and scaled, by PIL, but this processor scales by torchvision"):
+        other(images=opened, text=text)
     with pytest.raises(ValueError, match=r"size \(5\) must be"):
         processor.open(make_image(0), size=5)
     for nothing in (None, [make_image(0)]):

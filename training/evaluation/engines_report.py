@@ -39,14 +39,12 @@ def read_accuracy(folder: Path) -> dict[str, dict]:
 
     Raises ValueError, naming the file, if one is missing.
     """
-    for name, _ in ACCURACY.values():
-        if not (folder / f"{name}.json").is_file():
-            raise ValueError(f"accuracy ({folder}): has no {name}.json")
-    rows = {
-        (name, row["system"]): row
-        for name in {name for name, _ in ACCURACY.values()}
-        for row in json.loads((folder / f"{name}.json").read_text())["rows"]
-    }
+    rows = {}
+    for name in dict.fromkeys(name for name, _ in ACCURACY.values()):
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            raise ValueError(f"accuracy ({folder}): has no {path.name}")
+        rows |= {(name, row["system"]): row for row in json.loads(path.read_text())["rows"]}
     return {system: rows[place] for system, place in ACCURACY.items()}
 
 
@@ -63,19 +61,19 @@ def format_engines(rows: list[dict], architecture: str, accuracy: dict[str, dict
     Args:
         accuracy: see `read_accuracy`.
     """
-    front = fastest_for_their_accuracy(rows_of(rows, architecture), accuracy)
+    shown = rows_of(rows, architecture)
     lines = [
         "| system | engine | precision | processing | vision | prefill | decode | total, s [range] | × stock "
         "| later question, s | TFLOPs | memory, GB (weights included) | Δ on cards, pp [95 %], m |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows_of(rows, architecture):
-        name = f"**{row['system']}**" if row in front else row["system"]
-        head, of_system = f"| {name} | {row['engine']} | {row['precision']} |", accuracy.get(row["system"])
+    for row, unbeaten in zip(shown, fastest_for_their_accuracy(shown, accuracy)):
+        name, measured = f"**{row['system']}**" if unbeaten else row["system"], accuracy.get(row["system"])
+        head = f"| {name} | {row['engine']} | {row['precision']} |"
         if "skipped" in row:
             lines.append(f"{head} – | – | – | – | skipped: {row['skipped']} | – | – | – | – | – |")
             continue
-        delta = "–" if of_system is None else f"{delta_cell(of_system)}, {of_system['tiles_mean']:.2f}"
+        delta = "–" if measured is None else f"{delta_cell(measured)}, {measured['tiles_mean']:.2f}"
         parts = " | ".join(number(row["seconds"].get(part), 2) for part in PARTS)
         low, high = row["seconds_range"]
         lines.append(
@@ -86,44 +84,46 @@ def format_engines(rows: list[dict], architecture: str, accuracy: dict[str, dict
     return "\n".join(lines)
 
 
-def fastest_for_their_accuracy(rows: list[dict], accuracy: dict[str, dict]) -> list[dict]:
-    """The timed rows on the Pareto front of seconds and accuracy; those without accuracy are left out."""
-    known = [row for row in rows if "skipped" not in row and row["system"] in accuracy]
-    points = [(row["seconds_median"], accuracy[row["system"]]["accuracy"]) for row in known]
-    return [row for row, best in zip(known, on_front(points)) if best]
+def fastest_for_their_accuracy(rows: list[dict], accuracy: dict[str, dict]) -> list[bool]:
+    """Whether each row is on the Pareto front of seconds and accuracy; those without either are not."""
+    known = ["skipped" not in row and row["system"] in accuracy for row in rows]
+    points = [(row["seconds_median"], accuracy[row["system"]]["accuracy"]) for row, both in zip(rows, known) if both]
+    front = iter(on_front(points))
+    return [both and next(front) for both in known]
 
 
 def format_own_budgets(rows: list[dict], architecture: str, accuracy: dict[str, dict]) -> str:
-    """Seconds with whole tiles by m, and at the mean m that their accuracy was measured with, as a Markdown table.
+    """Seconds with whole tiles at the mean m that their accuracy was measured with, as a Markdown table.
 
-    Tiles are encoded one after another, so that seconds are linear in m: those of the mean lie on the line through two
-    rows. The thumbnail beside them is that of the same engine, in torch the one at its fastest settings.
+    They lie on the line through the rows with the fewest and the most tiles. Systems that were timed with one m, or
+    whose mean is not between those, are left out. The thumbnail is that of the same engine, in torch at its fastest
+    settings.
 
     Args:
         accuracy: see `read_accuracy`.
+
+    Returns an empty string if no system is left.
     """
     lines = [
-        "| system | engine | precision | s, m = 1 | s, m = 2 | m on cards | s there | × thumbnail, m = 1 | m = 2 "
-        "| there |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| system | engine | precision | fewest tiles, s | most tiles, s | m on cards | s at that m | × thumbnail |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    seconds = {
-        (row["system"], row["engine"], row["precision"]): row["seconds_median"]
-        for row in rows_of(rows, architecture)
-        if "skipped" not in row
-    }
-    for (system, *place), two in seconds.items():
-        one = seconds.get((f"{system}, m = 1", *place))
-        if one is None or system not in accuracy:
+    timed = [row for row in rows_of(rows, architecture) if "skipped" not in row]
+    for row in (row for row in timed if row["system"] in accuracy):
+        place = (row["engine"], row["precision"])
+        beside = {each["system"]: each for each in timed if (each["engine"], each["precision"]) == place}
+        alike = [each for name, each in beside.items() if name.partition(", m = ")[0] == row["system"]]
+        points = sorted((each["tiles_mean"], each["seconds_median"]) for each in alike)
+        (fewest, short), (most, long) = points[0], points[-1]
+        tiles = accuracy[row["system"]]["tiles_mean"]
+        if fewest == most or not fewest <= tiles <= most:
             continue
-        tiles = accuracy[system]["tiles_mean"]
-        spent = [one, two, one + (two - one) * (tiles - 1)]
-        fast = "-fast" if place[0].startswith("torch") else ""
-        shares = " | ".join(f"{each / seconds[f'dense-global-only{fast}', *place]:.2f}" for each in spent)
-        lines.append(
-            f"| {system} | {' | '.join(place)} | {one:.2f} | {two:.2f} | {tiles:.2f} | {spent[2]:.2f} | {shares} |"
-        )
-    return "\n".join(lines)
+        spent = short + (long - short) * (tiles - fewest) / (most - fewest)
+        thumbnail = beside.get("dense-global-only-fast", beside.get("dense-global-only"))
+        cells = [f"m {fewest:.0f}: {short:.2f}", f"m {most:.0f}: {long:.2f}", f"{tiles:.2f}", f"{spent:.2f}"]
+        cells.append("–" if thumbnail is None else f"{spent / thumbnail['seconds_median']:.2f}")
+        lines.append(f"| {row['system']} | {' | '.join([*place, *cells])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def format_first_table(rows: list[dict], accuracy: dict[str, dict]) -> str:
@@ -188,7 +188,7 @@ def plot_accuracy(rows: list[dict], architecture: str, accuracy: dict[str, dict]
         accuracy: see `read_accuracy`.
     """
     shown = [row for row in rows_of(rows, architecture) if "skipped" not in row and row["system"] in accuracy]
-    fastest = min(shown, key=lambda row: row["seconds_median"])["engine"]
+    fastest = min(shown, key=lambda row: row["seconds_median"], default={"engine": ""})["engine"]
     figure = Figure(figsize=(8, 4.2))
     axes = figure.subplots()
     for row in shown:

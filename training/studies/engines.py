@@ -329,7 +329,7 @@ def main():
             if accuracy:
                 plot_accuracy(rows, architecture, accuracy, output / f"{NAME}_{architecture}_accuracy.png")
             for table in (format_engines, format_own_budgets):
-                print(table(rows, architecture, accuracy), flush=True)
+                print(table(rows, architecture, accuracy), flush=True)  # the second may be empty
 
 
 if __name__ == "__main__":

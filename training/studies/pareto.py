@@ -75,7 +75,7 @@ def make_systems(dense, model, blocks) -> list[System]:
 def pareto_front(rows: list[dict]) -> set[str]:
     """Names of the rows that no other row beats: as accurate for less, or more accurate for as much."""
     best = on_front([(row["flops"]["total"], row["accuracy"]) for row in rows])
-    return {row["system"] for row, beats_all in zip(rows, best) if beats_all}
+    return {row["system"] for row, unbeaten in zip(rows, best) if unbeaten}
 
 
 def format_pareto(rows: list[dict]) -> str:

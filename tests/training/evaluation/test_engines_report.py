@@ -34,6 +34,7 @@ def rows():
             "seconds_range": [16 / 2**number, 17 / 2**number],
             "speedup_vs_dense": 2.0**number,
             "flops": {"total": 3e12},
+            "tiles_mean": 2.0,
             "memory_bytes": 10**9,
             "weight_bytes": 5 * 10**8,
         }
@@ -70,14 +71,19 @@ def test_a_row_is_bold_if_no_other_is_as_accurate_in_less_time(rows):
     assert bold == [["| **dense**", "onnxruntime 1.0"], ["| **qgsa**", "onnxruntime 1.0"]]
 
 
-def test_seconds_at_the_budget_of_the_accuracy_lie_between_those_of_one_and_two_tiles(rows):
+def test_seconds_at_the_budget_of_the_accuracy_lie_between_those_of_the_fewest_and_the_most_tiles(rows):
     (two,) = (row for row in rows if row["system"] == "qgsa")  # 2 s, the thumbnail alone 4 s
-    table = format_own_budgets(
-        [*rows, {**two, "system": "qgsa, m = 1", "seconds_median": 1.0}], "256m", {"qgsa": QGSA}
-    )
-    _, _, row = table.splitlines()
-    assert row == "| qgsa | onnxruntime 1.0 | int8 | 1.00 | 2.00 | 1.20 | 1.20 | 0.25 | 0.50 | 0.30 |"
-    assert format_own_budgets(rows, "256m", {"qgsa": QGSA}).count("\n") == 1
+    one = two | {"system": "qgsa, m = 1", "seconds_median": 1.0, "tiles_mean": 1.0}
+    rows.append(one)
+    _, _, row = format_own_budgets(rows, "256m", {"qgsa": QGSA}).splitlines()
+    assert row == "| qgsa | onnxruntime 1.0 | int8 | m 1: 1.00 | m 2: 2.00 | 1.20 | 1.20 | 0.30 |"
+    two["tiles_mean"] = 4.0
+    assert " | m 4: 2.00 | 1.20 | 1.07 | 0.27 |" in format_own_budgets(rows, "256m", {"qgsa": QGSA})
+    without = [row for row in rows if row["system"] != "dense-global-only"]
+    assert format_own_budgets(without, "256m", {"qgsa": QGSA}).endswith("| 1.07 | – |")
+    for left_out in ([one], [two], []):
+        assert format_own_budgets(left_out, "256m", {"qgsa": QGSA}) == ""
+    assert format_own_budgets(rows, "256m", {"qgsa": QGSA | {"tiles_mean": 4.1}}) == ""
 
 
 def test_the_accuracy_of_every_system_is_that_of_cards():
@@ -88,6 +94,7 @@ def test_the_accuracy_of_every_system_is_that_of_cards():
 
 def test_the_plots_show_what_was_measured(rows, tmp_path):
     plot_engines(rows, "256m", tmp_path / "plot.png")
-    plot_accuracy(rows, "256m", {"qgsa": QGSA, "dense": QGSA}, tmp_path / "accuracy.png")
+    for accuracy in ({}, {"qgsa": QGSA, "dense": QGSA}):
+        plot_accuracy(rows, "256m", accuracy, tmp_path / "accuracy.png")
     for name in ("plot", "accuracy"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 300
