@@ -29,10 +29,8 @@ class LazyImage:
     """
 
     def __init__(self, image: Image.Image, image_processor, longest_edge: int, split: bool):
-        self.tile, self.by_torchvision = (
-            image_processor.max_image_size["longest_edge"],
-            uses_torchvision(image_processor),
-        )
+        self.tile = image_processor.max_image_size["longest_edge"]
+        self.by_torchvision = uses_torchvision(image_processor)
         scale = scale_by_torchvision if self.by_torchvision else scale_by_pil
         # The scaled image, `(3, H, W)` uint8, and the whole of it, `(3, tile, tile)`.
         self.pixels, self.global_view = scale(image, image_processor, longest_edge, split)
